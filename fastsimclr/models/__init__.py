@@ -1,0 +1,34 @@
+"""Encoders, projection heads, classifiers, and weights from elsewhere."""
+
+from fastsimclr.models.convert import load_torchvision, load_weights, read_state
+from fastsimclr.models.heads import Classifier, ProjectionHead
+from fastsimclr.models.network import (
+    ClassifierNet,
+    ModelConfig,
+    SimCLRNet,
+    build_classifier,
+    build_encoder,
+    build_simclr,
+    classifier_from,
+    count_parameters,
+)
+from fastsimclr.models.norm import BatchNorm
+from fastsimclr.models.resnet import ResNet
+
+__all__ = [
+    "BatchNorm",
+    "Classifier",
+    "ClassifierNet",
+    "ModelConfig",
+    "ProjectionHead",
+    "ResNet",
+    "SimCLRNet",
+    "build_classifier",
+    "build_encoder",
+    "build_simclr",
+    "classifier_from",
+    "count_parameters",
+    "load_torchvision",
+    "load_weights",
+    "read_state",
+]

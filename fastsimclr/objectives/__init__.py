@@ -1,0 +1,8 @@
+"""What is minimised: each objective holds its networks and turns a batch of views into a loss and metrics."""
+
+from fastsimclr.objectives.base import Objective, Outcome
+from fastsimclr.objectives.contrastive import Contrastive
+from fastsimclr.objectives.cross_entropy import CrossEntropy
+from fastsimclr.objectives.distillation import Distillation
+
+__all__ = ["Contrastive", "CrossEntropy", "Distillation", "Objective", "Outcome"]

@@ -1,0 +1,32 @@
+"""Contrastive pretraining: NT-Xent between two views of each image. Chen et al. 2020, Algorithm 1."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from fastsimclr.kernels.nt_xent import nt_xent
+from fastsimclr.models import SimCLRNet
+from fastsimclr.objectives.base import Objective, Outcome
+
+
+class Contrastive(Objective):
+    """NT-Xent on the projections of both views, from one forward pass of the concatenated batch.
+
+    temperature > 0. scaling: "paper" is the mean over the 2N rows, "google" the sum of the two views' means (twice).
+    """
+
+    views = 2
+    loss_name = "nt_xent.reference"
+
+    def __init__(self, network: SimCLRNet, *, temperature: float, scaling: Literal["paper", "google"]) -> None:
+        super().__init__()
+        self.network = network
+        self.temperature = temperature
+        self.scaling: Literal["paper", "google"] = scaling
+
+    def forward(self, images: Tensor, labels: Tensor) -> Outcome:
+        _, projections = self.network(images)
+        result = nt_xent(projections, self.temperature, scaling=self.scaling)
+        return Outcome(loss=result.loss, metrics={"contrastive_top1": result.top1, "contrastive_top5": result.top5})

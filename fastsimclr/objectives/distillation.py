@@ -1,0 +1,56 @@
+"""Distillation: -sum_y P_teacher(y|x; t) log P_student(y|x; t). Chen et al. 2020b (SimCLRv2), Eq. 2 and 3."""
+
+# N images, K classes
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastsimclr.models import ClassifierNet
+from fastsimclr.objectives.base import Objective, Outcome
+
+
+class Distillation(Objective):
+    """The student learns the teacher's class probabilities; the teacher is frozen and in evaluation mode.
+
+    temperature > 0 divides both logits. label_weight in [0, 1]: (1 - a)·CE(labels) + a·distillation would be a = 1 -
+    label_weight; images without a label (-1) take no part in the CE term.
+    """
+
+    views = 1
+    loss_name = "distillation.torch"
+
+    def __init__(
+        self, student: ClassifierNet, teacher: ClassifierNet, *, temperature: float, label_weight: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = teacher.requires_grad_(False)
+        self.temperature = temperature
+        self.label_weight = label_weight
+
+    def train(self, mode: bool = True) -> Distillation:
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, images: Tensor, labels: Tensor) -> Outcome:
+        with torch.no_grad():
+            teacher_NK = self.teacher(images).float()
+        student_NK = self.student(images).float()
+        target_NK = (teacher_NK / self.temperature).softmax(dim=1)
+        loss = F.cross_entropy(student_NK / self.temperature, target_NK)
+        if self.label_weight > 0:
+            labelled = (labels >= 0).float()
+            per_image = F.cross_entropy(student_NK, labels.clamp(min=0), reduction="none")
+            supervised = (per_image * labelled).sum() / labelled.sum().clamp(min=1)
+            loss = (1 - self.label_weight) * loss + self.label_weight * supervised
+        agree = (student_NK.detach().argmax(dim=1) == teacher_NK.argmax(dim=1)).float().mean()
+        return Outcome(loss=loss, metrics={"teacher_agreement": agree})
+
+    def supervised_heads(self) -> Sequence[nn.Module]:
+        return (self.student.classifier,)

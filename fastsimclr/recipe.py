@@ -1,0 +1,246 @@
+"""A recipe: every setting of every stage. One YAML file in configs/ is one recipe, and drives each command."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from fastsimclr.loaders import DataConfig, Policy
+from fastsimclr.models import ModelConfig
+from fastsimclr.optim import OptimConfig
+from fastsimclr.trainer import TrainerConfig
+
+Labels = Literal["subset", "all"]
+_SMOKE_BATCH = 16
+
+
+def _positive(section: str, config: object, *keys: str) -> None:
+    for key in keys:
+        value = getattr(config, key)
+        if value is not None and value <= 0:
+            raise ValueError(f"{section}.{key}={value} must be greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Contrastive pretraining."""
+
+    epochs: int = 100
+    """Passes over all images."""
+    batch: int = 512
+    """Images a step, over all ranks; each gives two views."""
+    temperature: float = 0.5
+    """Of the softmax over similarities. .1 on ImageNet, .5 on CIFAR-10 (Chen et al. 2020, App. B)."""
+    scaling: Literal["paper", "google"] = "paper"
+    """paper: mean over the 2N rows. google: the sum of both views' means, twice that, as in google-research/simclr."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.0, weight_decay=1e-4, warmup_epochs=10))
+    """Optimizer and schedule."""
+    probe_every_epochs: int | None = None
+    """Measure kNN and linear accuracy of the features every so many epochs; null: never."""
+
+    def __post_init__(self) -> None:
+        _positive("pretrain", self, "epochs", "batch", "temperature", "probe_every_epochs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig:
+    """Linear evaluation: a classifier on the frozen encoder."""
+
+    method: Literal["lbfgs", "sgd"] = "lbfgs"
+    """lbfgs: logistic regression to convergence on features of the plain images, computed once. sgd: the published
+    protocol, minibatches with crop and flip."""
+    labels: Labels = "subset"
+    """Train on the few labels (subset; all if data names no subset) or on all training labels."""
+    l2: float = 1e-3
+    """lbfgs: weight of the squared L2 norm of the classifier's kernel, on standardised features."""
+    epochs: int = 90
+    """sgd: passes over the labelled images."""
+    batch: int | None = None
+    """sgd: images a step; null: 256, or all labelled images where fewer."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(name="sgd", lr=0.1, nesterov=True, weight_decay=0.0, warmup_epochs=0)
+    )
+    """sgd: optimizer and schedule. 0.1·B/256 with Nesterov momentum (google-research/simclr)."""
+
+    def __post_init__(self) -> None:
+        _positive("linear", self, "epochs", "batch", "l2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnConfig:
+    """Weighted k-nearest-neighbour evaluation on cosine similarity. Wu et al. 2018, Sec. 3.4."""
+
+    k: int = 200
+    """Neighbours; all labelled images where fewer."""
+    temperature: float = 0.1
+    """A neighbour's vote weighs exp(similarity / temperature)."""
+    labels: Labels = "all"
+    """Which training labels vote."""
+    baselines: bool = True
+    """Also measure raw pixels and the untrained network with calibrated BN statistics."""
+
+    def __post_init__(self) -> None:
+        _positive("knn", self, "k", "temperature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Fine-tuning of the whole network on the labels, from a layer of the projection head."""
+
+    head_layer: int = 1
+    """How many layers of the projection head stay: 0 = encoder output, 1 = after the first layer's ReLU (SimCLRv2)."""
+    labels: Labels = "subset"
+    """Train on the few labels (subset; all if data names no subset) or on all training labels."""
+    epochs: int = 60
+    """Passes over the labelled images."""
+    batch: int | None = None
+    """Images a step; null: 256, or all labelled images where fewer."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=0.005, lr_scaling="sqrt", weight_decay=0.0, warmup_epochs=0)
+    )
+    """Optimizer and schedule. 0.005·sqrt(B), LARS, no decay (SimCLRv2, Sec. 4.1 and google-research/simclr)."""
+    frozen_bn: bool = False
+    """Keep the pretrained BN statistics instead of each batch's: for batches too small to have statistics."""
+
+    def __post_init__(self) -> None:
+        _positive("finetune", self, "epochs", "batch")
+        if not 0 <= self.head_layer <= 4:
+            raise ValueError(f"finetune.head_layer={self.head_layer} must be 0 (encoder output) to 4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig:
+    """The baseline: the same network trained from scratch on the same labels."""
+
+    labels: Labels = "subset"
+    """Train on the few labels (subset; all if data names no subset) or on all training labels."""
+    epochs: int = 100
+    """Passes over the labelled images."""
+    batch: int | None = None
+    """Images a step; null: 256, or all labelled images where fewer."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(name="sgd", lr=0.1, nesterov=True, weight_decay=5e-4, warmup_epochs=5)
+    )
+    """Optimizer and schedule."""
+
+    def __post_init__(self) -> None:
+        _positive("supervised", self, "epochs", "batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Distillation of a fine-tuned teacher into a student, on unlabelled images."""
+
+    student: ModelConfig = field(default_factory=lambda: ModelConfig(head_layers=0))
+    """The student's architecture; its projection head is not used."""
+    temperature: float = 1.0
+    """Of both softmaxes: .1 for self-distillation, 1 for a smaller student (google-research/simclr)."""
+    label_weight: float = 0.0
+    """Weight of the labels' cross-entropy: (1 - a)·distillation + a·CE; 0 uses unlabelled images only."""
+    epochs: int = 400
+    """Passes over all images."""
+    batch: int = 512
+    """Images a step, over all ranks."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.0, weight_decay=1e-4, warmup_epochs=10))
+    """Optimizer and schedule."""
+
+    def __post_init__(self) -> None:
+        _positive("distill", self, "epochs", "batch", "temperature")
+        if not 0 <= self.label_weight <= 1:
+            raise ValueError(f"distill.label_weight={self.label_weight} must be between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Every setting of every stage."""
+
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda or cuda:N."""
+    seed: int = 0
+    """Of weights, order and views: the same seed gives the same run. 0 to 4294967295."""
+    smoke: bool = False
+    """A few steps at tiny size, to see that everything runs: 64 images a split, batch 16, one epoch, eighth width."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Images, labels and how they are loaded."""
+    views: Policy = field(default_factory=Policy)
+    """Augmentation in pretraining; the other stages use its crop and flip only, evaluation its size."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Encoder and projection head."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """The loop: precision, logging and checkpoints."""
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    """Contrastive pretraining."""
+    linear: LinearConfig = field(default_factory=LinearConfig)
+    """Linear evaluation."""
+    knn: KnnConfig = field(default_factory=KnnConfig)
+    """Nearest-neighbour evaluation."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """Fine-tuning."""
+    supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
+    """Training from scratch on the same labels."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """Distillation."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be between 0 and {2**32 - 1}")
+
+    def at_smoke_size(self) -> Recipe:
+        """The same recipe at the size of --smoke; image counts are cut where the sources are opened."""
+        if not self.smoke:
+            return self
+
+        def quick(config: Any, **changes: Any) -> Any:
+            optim = replace(config.optim, warmup_epochs=0)
+            batch = None if config.batch is None else min(config.batch, _SMOKE_BATCH)
+            return replace(config, epochs=1, batch=batch, optim=optim, **changes)
+
+        student = replace(self.distill.student, width=min(self.distill.student.width, 0.125))
+        return replace(
+            self,
+            views=replace(self.views, size=min(self.views.size, 32)),
+            model=replace(self.model, width=min(self.model.width, 0.125)),
+            trainer=replace(self.trainer, log_every_steps=1),
+            pretrain=quick(self.pretrain),
+            linear=quick(self.linear),
+            finetune=quick(self.finetune),
+            supervised=quick(self.supervised),
+            distill=quick(self.distill, student=student),
+        )
+
+
+def add_recipe_arguments(parser: ArgumentParser) -> None:
+    """Every key of a recipe as a dotted option of `parser`, with its docstring as help."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser.add_class_arguments(Recipe, as_group=False)
+
+
+def recipe_keys() -> tuple[str, ...]:
+    """The top-level keys of a recipe."""
+    return tuple(Recipe.__dataclass_fields__)
+
+
+def recipe_from(values: Any) -> Recipe:
+    """The recipe in an instantiated jsonargparse namespace."""
+    return Recipe(**{key: values[key] for key in recipe_keys()})
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML that `parse_recipe` and --config read back."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return str(yaml.safe_dump(plain(asdict(recipe)), sort_keys=False))
+
+
+def parse_recipe(text: str) -> Recipe:
+    """The recipe in YAML text, other keys and wrong types refused with ValueError."""
+    parser = ArgumentParser(exit_on_error=False)
+    add_recipe_arguments(parser)
+    return recipe_from(parser.instantiate(parser.parse_string(text)))

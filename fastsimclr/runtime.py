@@ -1,0 +1,119 @@
+"""The device and the number format, decided once at the top of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+import fastsimclr
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Where and in which precision everything runs. Weights stay float32; `precision` is autocast's."""
+
+    device: torch.device
+    precision: Precision
+    channels_last: bool = True
+    rank: int = 0
+    world: int = 1
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Autocast to the precision; nothing under fp32."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
+
+    @property
+    def view_dtype(self) -> torch.dtype:
+        """The dtype in which views reach the network."""
+        return _DTYPES[self.precision]
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Move to the device, channels-last where asked for."""
+        module = module.to(self.device)
+        return module.to(memory_format=torch.channels_last) if self.channels_last else module  # type: ignore[call-overload,no-any-return]
+
+    def name(self) -> str:
+        """The device in words, for result files."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def choose_runtime(device: str, precision: Literal["auto", "fp32", "bf16", "fp16"], channels_last: bool) -> Runtime:
+    """Resolve "auto" for device and precision.
+
+    device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N". precision "auto": bf16 on a CUDA device, and on
+    a CPU with bf16 matrix instructions (AMX); fp32 elsewhere. ValueError for a device that this machine lacks.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device={device!r} is not a device; use auto, cpu, cuda or cuda:N") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(
+            f"device={device!r}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here;"
+            " use --device cpu, or install a CUDA build of torch and a driver"
+        )
+    if precision == "auto":
+        native_bf16 = chosen.type == "cuda" or bool(torch.cpu._is_amx_tile_supported())
+        precision = "bf16" if native_bf16 else "fp32"
+    return Runtime(device=chosen, precision=precision, channels_last=channels_last)
+
+
+def environment(runtime: Runtime) -> dict[str, object]:
+    """Device, versions and commit: what every result file and benchmark carries."""
+    return {
+        "device": runtime.name(),
+        "precision": runtime.precision,
+        "channels_last": runtime.channels_last,
+        "threads": torch.get_num_threads(),
+        "fastsimclr": fastsimclr.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda if runtime.device.type == "cuda" else None,
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """The git commit of the checkout that this package runs from, "+dirty" if changed; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        sha = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=root, capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    if sha.returncode != 0:
+        return None
+    return sha.stdout.strip() + ("+dirty" if status.stdout.strip() else "")

@@ -1,0 +1,22 @@
+"""The stages: each reads a recipe, builds the parts, runs the trainer and writes result.json."""
+
+from fastsimclr.stages.chain import run_chain, run_seeds, summary
+from fastsimclr.stages.classifiers import distill, finetune, supervised
+from fastsimclr.stages.evaluation import evaluate_knn, evaluate_linear
+from fastsimclr.stages.networks import recipe_path
+from fastsimclr.stages.pretrain import pretrain
+from fastsimclr.stages.setting import Setting
+
+__all__ = [
+    "Setting",
+    "distill",
+    "evaluate_knn",
+    "evaluate_linear",
+    "finetune",
+    "pretrain",
+    "recipe_path",
+    "run_chain",
+    "run_seeds",
+    "summary",
+    "supervised",
+]

@@ -1,0 +1,93 @@
+"""Fine-tuning on the labels, the same network from scratch, and distillation into a student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsimclr.loaders import DataError
+from fastsimclr.models import build_classifier, classifier_from, count_parameters
+from fastsimclr.objectives import CrossEntropy, Distillation
+from fastsimclr.stages.networks import load_classifier, load_network_facts, load_simclr, network_facts
+from fastsimclr.stages.setting import Setting
+from fastsimclr.stages.training import classifier_metrics, fitting_batch, train, write_result
+
+
+def finetune(setting: Setting, source: Path, run: Path, resume: bool) -> dict[str, Any]:
+    """Fine-tune the pretrained network of run `source` on the labels; the result is also in run/result.json."""
+    config = setting.recipe.finetune
+    labelled = setting.labelled(config.labels)
+    network = classifier_from(load_simclr(source), config.head_layer, len(labelled.classes))
+    outcome = train(
+        setting,
+        stage="finetune",
+        run=run,
+        objective=CrossEntropy(network, frozen_bn=config.frozen_bn),
+        source=labelled,
+        epochs=config.epochs,
+        batch=fitting_batch(config.batch, len(labelled)),
+        optim=config.optim,
+        policy=setting.crop_flip_policy,
+        facts=load_network_facts(source) | {"classes": list(labelled.classes), "head_layer": config.head_layer},
+        resume=resume,
+    )
+    metrics = classifier_metrics(setting, network)
+    return write_result(setting, run, outcome, metrics=metrics, network=network, labels=len(labelled))
+
+
+def supervised(setting: Setting, run: Path, resume: bool) -> dict[str, Any]:
+    """Train the recipe's network from scratch on the labels; the result is also in run/result.json."""
+    recipe = setting.recipe
+    config = recipe.supervised
+    labelled = setting.labelled(config.labels)
+    torch.manual_seed(recipe.seed)
+    network = build_classifier(recipe.model, recipe.views.size, len(labelled.classes), init="normal")
+    outcome = train(
+        setting,
+        stage="supervised",
+        run=run,
+        objective=CrossEntropy(network),
+        source=labelled,
+        epochs=config.epochs,
+        batch=fitting_batch(config.batch, len(labelled)),
+        optim=config.optim,
+        policy=setting.crop_flip_policy,
+        facts=network_facts(recipe.model, recipe.views.size, labelled.classes),
+        resume=resume,
+    )
+    metrics = classifier_metrics(setting, network)
+    return write_result(setting, run, outcome, metrics=metrics, network=network, labels=len(labelled))
+
+
+def distill(setting: Setting, teacher: Path, run: Path, resume: bool) -> dict[str, Any]:
+    """Distill the classifier of run `teacher` into the recipe's student; the result is also in run/result.json."""
+    recipe = setting.recipe
+    config = recipe.distill
+    taught, classes = load_classifier(teacher)
+    if setting.splits.val.classes != classes:
+        raise DataError(
+            f"the teacher {teacher} knows {len(classes)} classes ({', '.join(classes[:3])}, …), the data"
+            f" {setting.splits.val.name} has {len(setting.splits.val.classes)}; use the data that the teacher learned from"
+        )
+    torch.manual_seed(recipe.seed)
+    student = build_classifier(config.student, recipe.views.size, len(classes), init="normal")
+    outcome = train(
+        setting,
+        stage="distill",
+        run=run,
+        objective=Distillation(student, taught, temperature=config.temperature, label_weight=config.label_weight),
+        source=setting.splits.unlabelled,
+        epochs=config.epochs,
+        batch=config.batch,
+        optim=config.optim,
+        policy=setting.crop_flip_policy,
+        facts=network_facts(config.student, recipe.views.size, classes),
+        resume=resume,
+    )
+    metrics = classifier_metrics(setting, student)
+    metrics["teacher_top1"] = classifier_metrics(setting, taught)["top1"]
+    return write_result(
+        setting, run, outcome, metrics=metrics, network=student, teacher_parameters=count_parameters(taught)
+    )

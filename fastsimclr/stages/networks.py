@@ -1,0 +1,103 @@
+"""Networks out of earlier runs: what a stage starts from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastsimclr import checkpoint
+from fastsimclr.models import (
+    ClassifierNet,
+    ModelConfig,
+    ResNet,
+    SimCLRNet,
+    build_classifier,
+    build_encoder,
+    build_simclr,
+    load_weights,
+)
+from fastsimclr.runlog import logger
+
+# Under which name a stage's objective holds the network that it trained.
+_TRAINED = {
+    "pretrain": "network.",
+    "linear": "network.",
+    "finetune": "network.",
+    "supervised": "network.",
+    "distill": "student.",
+}
+
+
+def network_facts(model: ModelConfig, size: int, classes: tuple[str, ...] = (), head_layer: int = 0) -> dict[str, Any]:
+    """What must be known to build a network again; a checkpoint carries it."""
+    return {"model": asdict(model), "size": size, "classes": list(classes), "head_layer": head_layer}
+
+
+def load_network_facts(run: Path) -> dict[str, Any]:
+    """The `network_facts` of a run's newest checkpoint."""
+    facts = _load(run)[1]["facts"]
+    return {key: facts[key] for key in ("model", "size", "classes", "head_layer")}
+
+
+def load_simclr(run: Path) -> SimCLRNet:
+    """Encoder and projection head of a pretraining run. CheckpointError for a run of another stage."""
+    path, state = _load(run)
+    if state["stage"] != "pretrain":
+        raise checkpoint.CheckpointError(
+            f"{path} is of stage {state['stage']}, which has no projection head; give the folder of a pretrain run"
+        )
+    facts = state["facts"]
+    network = build_simclr(ModelConfig(**facts["model"]), facts["size"])
+    load_weights(network, _below(state["objective"], "network."), str(path))
+    return network
+
+
+def load_encoder(run: Path) -> ResNet:
+    """The encoder that a run of any training stage trained."""
+    path, state = _load(run)
+    facts = state["facts"]
+    encoder = build_encoder(ModelConfig(**facts["model"]), facts["size"])
+    load_weights(encoder, _below(state["objective"], _TRAINED[state["stage"]] + "encoder."), str(path))
+    return encoder
+
+
+def load_classifier(run: Path) -> tuple[ClassifierNet, tuple[str, ...]]:
+    """The classifier of a linear (sgd), finetune, supervised or distill run, and its class names."""
+    path, state = _load(run)
+    facts = state["facts"]
+    if not facts["classes"]:
+        raise checkpoint.CheckpointError(
+            f"{path} is of stage {state['stage']}, which has no classifier; give the folder of a finetune, supervised"
+            " or distill run"
+        )
+    model = ModelConfig(**facts["model"])
+    network = build_classifier(model, facts["size"], len(facts["classes"]), facts["head_layer"])
+    load_weights(network, _below(state["objective"], _TRAINED[state["stage"]]), str(path))
+    return network, tuple(facts["classes"])
+
+
+def _load(run: Path) -> tuple[Path, dict[str, Any]]:
+    path = checkpoint.newest(run)
+    state = checkpoint.load(path)
+    if state["stage"] not in _TRAINED:
+        raise checkpoint.CheckpointError(f"{path} is of an unknown stage {state['stage']!r}")
+    if state["step"] < state["total_steps"]:
+        logger.warning("%s is of step %d of %d: that run has not finished", path, state["step"], state["total_steps"])
+    return path, state
+
+
+def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def recipe_path(run: Path) -> Path:
+    """The recipe that a run was made with. CheckpointError if `run` is not a run folder or a checkpoint in one."""
+    path = (run.parent.parent if run.is_file() else run) / "recipe.yaml"
+    if not path.is_file():
+        inside = [place.parent.name for place in sorted(run.glob("*/recipe.yaml"))] if run.is_dir() else []
+        remedy = f"give one of the runs in it: {', '.join(inside)}" if inside else "give the --out of an earlier stage"
+        raise checkpoint.CheckpointError(f"{run} is not a run folder: {path} does not exist; {remedy}")
+    return path

@@ -1,0 +1,71 @@
+"""Contrastive pretraining: encoder and projection head on all images, no labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsimclr.evaluate import extract, knn, logistic_regression
+from fastsimclr.models import SimCLRNet, build_simclr
+from fastsimclr.objectives import Contrastive
+from fastsimclr.stages.networks import network_facts
+from fastsimclr.stages.setting import Setting
+from fastsimclr.stages.training import train, write_result
+
+
+def pretrain(setting: Setting, run: Path, resume: bool) -> dict[str, Any]:
+    """Train and return the result, which is also in run/result.json."""
+    recipe = setting.recipe
+    config = recipe.pretrain
+    torch.manual_seed(recipe.seed)
+    network = build_simclr(recipe.model, recipe.views.size)
+    objective = Contrastive(network, temperature=config.temperature, scaling=config.scaling)
+    source = setting.splits.unlabelled
+    hooks = []
+    if config.probe_every_epochs is not None and len(setting.splits.train):
+        hooks.append(Probe(setting, network, every_steps=max(1, config.probe_every_epochs * len(source) // config.batch)))
+    outcome = train(
+        setting,
+        stage="pretrain",
+        run=run,
+        objective=objective,
+        source=source,
+        epochs=config.epochs,
+        batch=config.batch,
+        optim=config.optim,
+        policy=recipe.views,
+        facts=network_facts(recipe.model, recipe.views.size),
+        resume=resume,
+        hooks=hooks,
+    )
+    return write_result(setting, run, outcome, metrics={}, network=network)
+
+
+class Probe:
+    """kNN and linear accuracy of the encoder so far, on the labels that the linear stage would use."""
+
+    kind = "probe"
+
+    def __init__(self, setting: Setting, network: SimCLRNet, every_steps: int) -> None:
+        self._setting, self._network, self._every = setting, network, every_steps
+
+    def __call__(self, step: int) -> dict[str, float] | None:
+        if step % self._every:
+            return None
+        return probe(self._setting, self._network.encoder.eval())
+
+
+def probe(setting: Setting, encoder: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+    """knn_top1 and linear_top1 of `encoder`'s features."""
+    recipe, runtime = setting.recipe, setting.runtime
+    labelled = setting.labelled(recipe.linear.labels)
+    policy = setting.evaluation_policy
+    bank = extract(encoder, setting.passes(labelled), policy, runtime)
+    test = extract(encoder, setting.passes(setting.splits.val), policy, runtime)
+    classes = len(labelled.classes)
+    near = knn(bank, test, classes, k=recipe.knn.k, temperature=recipe.knn.temperature)
+    linear, _ = logistic_regression(bank, test, classes, l2=recipe.linear.l2)
+    return {"knn_top1": near["top1"], "linear_top1": linear["top1"]}

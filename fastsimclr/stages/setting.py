@@ -1,0 +1,140 @@
+"""A recipe made concrete: the device, the opened data, and the loaders of every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from fastsimclr.loaders import (
+    Batch,
+    DataError,
+    EvalLoader,
+    Loader,
+    Policy,
+    Resident,
+    Source,
+    Splits,
+    Subset,
+    TrainLoader,
+    hold,
+    label_subset,
+    open_data,
+)
+from fastsimclr.recipe import Labels, Recipe
+from fastsimclr.runlog import logger
+from fastsimclr.runtime import choose_runtime
+
+_SMOKE_IMAGES = 64
+_EVALUATION_BATCH = 256
+
+
+class Setting:
+    """One recipe on one machine. Data held in memory is decoded once and shared by the stages."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe.at_smoke_size()
+        self.runtime = choose_runtime(recipe.device, recipe.trainer.precision, recipe.trainer.channels_last)
+        self._held: dict[str, Resident | None] = {}
+        self._damaged: dict[str, dict[int, str]] = {}
+
+    @cached_property
+    def splits(self) -> Splits:
+        """The sources, cut to a few images under --smoke."""
+        splits = open_data(self.recipe.data)
+        if not self.recipe.smoke:
+            return splits
+        return replace(
+            splits,
+            unlabelled=self.first(splits.unlabelled, _SMOKE_IMAGES),
+            val=self.first(splits.val, _SMOKE_IMAGES),
+        )
+
+    def first(self, source: Source, images: int) -> Source:
+        """`source`, or `images` of it spread evenly, where it has more."""
+        if len(source) <= images:
+            return source
+        return Subset(source, np.linspace(0, len(source) - 1, images).astype(np.int64))
+
+    def labelled(self, labels: Labels) -> Source:
+        """The labelled training images: the few of the data settings, or all. DataError where nothing is labelled."""
+        splits = self.splits
+        if not len(splits.train) or not len(splits.val):
+            what = "labelled training images" if not len(splits.train) else "labelled validation images"
+            raise DataError(
+                f"{splits.unlabelled.name} has no {what}, which this stage needs; give class folders,"
+                " data.labels (a CSV of path,label) or data.val"
+            )
+        few = label_subset(splits.train, self.recipe.data) if labels == "subset" else splits.train
+        return self.first(few, _SMOKE_IMAGES) if self.recipe.smoke else few
+
+    @property
+    def crop_flip_policy(self) -> Policy:
+        """The geometric part of the pretraining views: fine-tuning, linear evaluation, distillation."""
+        return replace(self.recipe.views, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0)
+
+    @property
+    def evaluation_policy(self) -> Policy:
+        """One fixed view an image: the centre, or the whole image where small."""
+        return replace(self.crop_flip_policy, crop="centre", rotate=0.0, flip=0.0)
+
+    def training_batches(self, source: Source, batch: int) -> Callable[[int, int], Iterable[Batch]]:
+        """(start, stop) -> the batches of those steps."""
+        resident, runtime = self._resident(source), self.runtime
+
+        def batches(start: int, stop: int) -> Iterable[Batch]:
+            loader = TrainLoader(
+                source,
+                self.recipe.data,
+                batch=batch,
+                seed=self.recipe.seed,
+                start=start,
+                stop=stop,
+                rank=runtime.rank,
+                world=runtime.world,
+                resident=resident,
+                pin=runtime.device.type == "cuda",
+            )
+            return self._noting_damage(loader)
+
+        return batches
+
+    def passes(self, source: Source) -> Iterable[Batch]:
+        """One pass over the images in order, damaged ones left out."""
+        pin = self.runtime.device.type == "cuda"
+        loader = EvalLoader(
+            source, self.recipe.data, batch=_EVALUATION_BATCH, resident=self._resident(source), pin=pin
+        )
+        return self._noting_damage(loader)
+
+    def loader_name(self, source: Source) -> str:
+        """Which loader serves `source`: resident or native."""
+        return "native" if self._resident(source) is None else "resident"
+
+    def data_facts(self) -> dict[str, Any]:
+        """Sizes, classes, fingerprint and damaged images, for result files."""
+        splits = self.splits
+        return {
+            "source": splits.unlabelled.name,
+            "images": len(splits.unlabelled),
+            "labelled": len(splits.train),
+            "val": len(splits.val),
+            "classes": len(splits.val.classes),
+            "fingerprint": splits.unlabelled.fingerprint,
+            "damaged": {name: list(bad.values()) for name, bad in self._damaged.items() if bad},
+        }
+
+    def _resident(self, source: Source) -> Resident | None:
+        key = source.fingerprint
+        if key not in self._held:
+            self._held[key] = hold(source, self.recipe.data, self.runtime.device)
+            where = f"held decoded on {self.runtime.device}" if self._held[key] else "decoded as it is read"
+            logger.info("%s: %d images %s", source.name, len(source), where)
+        return self._held[key]
+
+    def _noting_damage(self, loader: Loader) -> Iterable[Batch]:
+        self._damaged[f"{loader.source.name} ({len(loader.source)} images)"] = loader.bad
+        return loader

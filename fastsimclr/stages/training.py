@@ -1,0 +1,144 @@
+"""What every training stage does around the loop: checks, optimizer, schedule, trainer, result file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastsimclr import checkpoint
+from fastsimclr.evaluate import accuracy, extract
+from fastsimclr.loaders import DataError, Policy, Source
+from fastsimclr.models import ClassifierNet, count_parameters
+from fastsimclr.objectives import Objective
+from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
+from fastsimclr.recipe import dump_recipe
+from fastsimclr.runtime import environment
+from fastsimclr.stages.setting import Setting
+from fastsimclr.trainer import Hook, Job, Trainer
+
+_DEFAULT_BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What came of a training: its stage, last record, wall time of the steps, and the implementations used."""
+
+    stage: str
+    steps: int
+    last: dict[str, float]
+    trained_s: float
+    implementations: dict[str, str]
+
+
+def fitting_batch(batch: int | None, images: int) -> int:
+    """The configured batch; null is 256, or all images where fewer."""
+    return min(_DEFAULT_BATCH, images) if batch is None else batch
+
+
+def train(
+    setting: Setting,
+    *,
+    stage: str,
+    run: Path,
+    objective: Objective,
+    source: Source,
+    epochs: int,
+    batch: int,
+    optim: OptimConfig,
+    policy: Policy,
+    facts: dict[str, Any],
+    resume: bool,
+    hooks: Sequence[Hook] = (),
+) -> Trained:
+    """Train `objective` on `source` to the end of the schedule."""
+    n = len(source)
+    if batch > n:
+        raise DataError(
+            f"{stage}.batch={batch} is larger than the {n} images of {source.name}; use at most --{stage}.batch {n}"
+        )
+    setting.runtime.place(objective)
+    optimizer = build_optimizer(optim, objective, global_batch=batch, heads=objective.supervised_heads())
+    batches = setting.training_batches(source, batch)
+    job = Job(
+        stage=stage,
+        run=run,
+        objective=objective,
+        optimizer=optimizer,
+        schedule=Schedule.from_epochs(n, epochs, batch, optim.warmup_epochs, optim.peak_lr(batch)),
+        batches=batches,
+        policy=policy,
+        seed=setting.recipe.seed,
+        fingerprint=source.fingerprint,
+        recipe=dump_recipe(setting.recipe),
+        facts={**facts, "batch": batch, "seed": setting.recipe.seed},
+        resume=resume,
+        hooks=hooks,
+    )
+    trainer = Trainer(setting.recipe.trainer, setting.runtime, job)
+    last = trainer.fit()
+    return Trained(
+        stage=stage,
+        steps=trainer.step,
+        last=last,
+        trained_s=trainer.trained_s,
+        implementations={
+            "loader": setting.loader_name(source),
+            "views": "reference",
+            "loss": objective.loss_name,
+            "optimizer": f"{optim.name}.{'foreach' if optim.name == 'lars' else 'torch'}",
+            "bn": "torch, per process",
+        },
+    )
+
+
+def classifier_metrics(setting: Setting, network: ClassifierNet) -> dict[str, float]:
+    """Accuracy on the validation images."""
+    logits = extract(network.eval(), setting.passes(setting.splits.val), setting.evaluation_policy, setting.runtime)
+    return accuracy(logits.values, logits.labels)
+
+
+def write_result(
+    setting: Setting, run: Path, trained: Trained, *, metrics: dict[str, float], network: nn.Module, **facts: Any
+) -> dict[str, Any]:
+    """Write run/result.json of a training stage and return it."""
+    training = {
+        "steps": trained.steps,
+        "seconds": round(trained.trained_s, 2),
+        **{key: value for key, value in trained.last.items() if key != "trained_s"},
+    }
+    result = {"metrics": metrics, "training": training, "implementations": trained.implementations, **facts}
+    return _write(setting, run, trained.stage, result, network)
+
+
+def write_evaluation(
+    setting: Setting,
+    run: Path,
+    stage: str,
+    metrics: dict[str, float],
+    facts: dict[str, Any],
+    network: nn.Module,
+    seconds: float,
+) -> dict[str, Any]:
+    """Write run/result.json of a stage that trains no network, and return it."""
+    run.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(run / "recipe.yaml", dump_recipe(setting.recipe))
+    implementations = {"loader": setting.loader_name(setting.splits.val), "views": "reference"}
+    result = {"metrics": metrics, "seconds": round(seconds, 2), "implementations": implementations, **facts}
+    return _write(setting, run, stage, result, network)
+
+
+def _write(setting: Setting, run: Path, stage: str, result: dict[str, Any], network: nn.Module) -> dict[str, Any]:
+    result = {
+        "stage": stage,
+        **result,
+        "parameters": count_parameters(network),
+        "data": setting.data_facts(),
+        "environment": environment(setting.runtime),
+    }
+    checkpoint.write_text(run / "result.json", json.dumps(result, indent=2) + "\n")
+    return result

@@ -1,0 +1,109 @@
+"""Views in plain torch: crop, resize, rotate, flip, jitter, grey, blur, solarise, normalise, for a batch of any sizes.
+
+The order is that of SimCLR (arXiv 2002.05709, appendix A). Device-agnostic, without a host sync.
+"""
+
+# M views, B views of a chunk, S side
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from fastsimclr.kernels.views import colour
+from fastsimclr.kernels.views.inputs import Brightness, Images, Params, Semantics, Triple
+from fastsimclr.kernels.views.resample import axis_weights, gather_windows, resample, rotate
+
+# Bytes of one temporary of a chunk: within the cache of a core, or small beside the memory of an accelerator.
+_CHUNK_BYTES = {"cpu": 1 << 20}
+_CHUNK_BYTES_ELSEWHERE = 1 << 29
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """float32 products stay float32: no autocast, no TF32, whatever the training step has chosen for itself."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        has_autocast = torch.amp.is_autocast_available(device.type)
+        with torch.autocast(device.type, enabled=False) if has_autocast else nullcontext():
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def make_views(
+    images: Images,
+    params: Params,
+    *,
+    size: int,
+    semantics: Semantics,
+    brightness: Brightness,
+    mean: Triple | None,
+    std: Triple | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The views of `params`, [M, 3, size, size] in `dtype`, channels-last; see fastsimclr.kernels.views.make_views."""
+    device, count = images.buffer.device, params.source.shape[0]
+    views = torch.empty((count, 3, size, size), dtype=dtype, device=device, memory_format=torch.channels_last)
+    if count == 0:
+        return views
+    tallest, widest = (int(side) for side in params.extent.max(axis=0))
+    budget = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ELSEWHERE)
+    chunk = max(1, budget // (12 * max(tallest, size) * max(widest, size)))
+    with full_precision(device):
+        jitter = colour.Jitter.plan(params, semantics, brightness) if "jitter" in params.ops else None
+        for start in range(0, count, chunk):
+            rows = slice(start, min(start + chunk, count))
+            x = _cut(images, params, rows, size, semantics)
+            x = _colour(x, params, rows, jitter, semantics)
+            if mean is not None and std is not None:
+                for channel in range(3):
+                    x[:, channel].sub_(mean[channel]).div_(std[channel])
+            views[rows] = x
+    return views
+
+
+def _cut(images: Images, params: Params, rows: slice, size: int, semantics: Semantics) -> Tensor:
+    """Crop, resize, rotate, flip: float32 [B, 3, S, S]."""
+    source = params.source[rows]
+    top, left, height, width = params.crop[rows].long().unbind(1)
+    pitch = 3 * images.widths.index_select(0, source).long()
+    first = images.offsets.index_select(0, source) + top * pitch + 3 * left
+    tallest, widest = (int(side) for side in params.extent[rows].max(axis=0))
+    windows, shift = gather_windows(images.buffer, first, pitch, height, (tallest, widest))
+    grid = torch.arange(size, device=top.device).expand(len(source), size)
+    flip = params.flip[rows]
+    across = torch.where(flip[:, None], size - 1 - grid, grid) if "flip" in params.ops else grid
+    x = resample(
+        windows,
+        axis_weights(semantics, height, 0, grid, size, tallest),
+        axis_weights(semantics, width, shift, across, size, widest),
+    )
+    if "rotate" in params.ops:
+        # The flip is in the weights already: turning first and then mirroring is mirroring and turning back.
+        angle = params.angle[rows]
+        x = rotate(x, torch.where(flip, -angle, angle))
+    return x
+
+
+def _colour(x: Tensor, params: Params, rows: slice, jitter: colour.Jitter | None, semantics: Semantics) -> Tensor:
+    """Jitter, grey, blur, solarise: float32 [B, 3, S, S] in [0, 1]."""
+    shape = x.shape
+    x = x.flatten(2)
+    if jitter is not None:
+        x = jitter.apply(x, rows, semantics)
+    if "grey" in params.ops:
+        x = colour.grey(x, params.grey[rows])
+    x = x.clamp_(0, 1).view(shape)
+    if "blur" in params.ops:
+        x = colour.blur(x, params.sigma[rows], semantics).clamp_(0, 1)
+    if "solarise" in params.ops:
+        x = colour.solarise(x, params.solarise[rows])
+    return x

@@ -1,0 +1,39 @@
+"""From bytes on disk to uint8 images, with the order of the samples and the draws of their views."""
+
+if __name__ != "fastsimclr.loaders":
+    raise ImportError(f"import fastsimclr.loaders, not {__name__}: the folder loaders/ is part of that package")
+
+from fastsimclr.loaders.batch import Batch, Ragged
+from fastsimclr.loaders.data import DataConfig, Splits, label_subset, open_data
+from fastsimclr.loaders.draw import Policy, ViewParams, draw
+from fastsimclr.loaders.native import EvalLoader, Loader, TrainLoader
+from fastsimclr.loaders.order import Order, epoch_order, rank_positions, steps_per_run
+from fastsimclr.loaders.resident import Resident, hold
+from fastsimclr.loaders.sets import ArraySource, FileSource, Subset
+from fastsimclr.loaders.source import DataError, Source
+
+__all__ = [
+    "ArraySource",
+    "Batch",
+    "DataConfig",
+    "DataError",
+    "EvalLoader",
+    "FileSource",
+    "Loader",
+    "Order",
+    "Policy",
+    "Ragged",
+    "Resident",
+    "Source",
+    "Splits",
+    "Subset",
+    "TrainLoader",
+    "ViewParams",
+    "draw",
+    "epoch_order",
+    "hold",
+    "label_subset",
+    "open_data",
+    "rank_positions",
+    "steps_per_run",
+]

@@ -1,0 +1,155 @@
+"""What data a run uses: its configuration, and the sources that it opens."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from fastsimclr.loaders.decode import MAX_PIXELS
+from fastsimclr.loaders.folder import open_folder
+from fastsimclr.loaders.sets import ArraySource, Subset, SyntheticSource, digits, torchvision_set
+from fastsimclr.loaders.source import Source
+from fastsimclr.loaders.splits import few_labels, hold_out
+
+LOG = logging.getLogger("fastsimclr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images and labels a run uses, and how they are read. Raises ValueError for values that cannot be."""
+
+    source: Literal["digits", "folder", "cifar10", "cifar100", "stl10", "synthetic"] = "digits"
+    """The data set: scikit-learn's digits (embedded), a folder of images, a torchvision set, or noise for benches."""
+    root: str | None = None
+    """The folder: of images for source=folder (root/train/CLASS, root/CLASS, or flat and unlabelled), of the archives
+    for cifar10, cifar100 and stl10 (default: ./data)."""
+    labels: str | None = None
+    """Labels for source=folder: a CSV file with the header path,label, paths relative to its folder. An image without a
+    line is unlabelled. Default: root/labels.csv where there is one, else the class folders."""
+    val: str | None = None
+    """Folder of validation images. Default: root/val or root/test where there is one, else a held-out split."""
+    val_labels: str | None = None
+    """Labels of a flat validation folder: two columns, file name and class name or position among the sorted classes,
+    as in ImageNet's LOC_val_solution.csv."""
+    val_fraction: float = 0.1
+    """Share of each class's labelled images held out for validation where the data set has no split of its own."""
+    val_seed: int = 0
+    """Seed of the held-out split. Keep it through all stages, or one stage trains on what another is tested on."""
+    label_fraction: float | None = None
+    """Share of the training labels of each class, above 0 and up to 1, that the few-label stages may use."""
+    labels_per_class: int | None = None
+    """Number of training labels of each class that the few-label stages may use."""
+    label_list: str | None = None
+    """File that lists the images whose labels the few-label stages may use, one name a line (Google's 1percent.txt)."""
+    label_seed: int = 0
+    """Seed of the draw of the labels for label_fraction and labels_per_class."""
+    download: bool = True
+    """Fetch a torchvision set that is not in root."""
+    threads: int = 0
+    """Threads that read and decode; 0 takes one for each core."""
+    resident: Literal["auto", "always", "never"] = "auto"
+    """Hold the data set decoded in the device's memory: where it fits, always, or never."""
+    resident_gib: float = 0.0
+    """Most GiB that data held decoded may take; 0 takes half of the device's free memory."""
+    max_bad_fraction: float = 0.01
+    """Share of damaged images above which a run stops. Up to it, the next readable image stands in for a damaged one
+    in training; in evaluation it is left out. Each is named in the log."""
+    max_pixels: int = MAX_PIXELS
+    """Most pixels an image may have: a small file can decode to gigabytes. Larger counts as damaged."""
+    synthetic_images: int = 1024
+    """Number of images for source=synthetic."""
+    synthetic_size: int = 224
+    """Side of the images in pixels for source=synthetic."""
+    synthetic_classes: int = 10
+    """Number of classes for source=synthetic."""
+
+    def __post_init__(self) -> None:
+        few = ("label_fraction", "labels_per_class", "label_list")
+        if len(given := [name for name in few if getattr(self, name) is not None]) > 1:
+            raise ValueError(f"data.{' and data.'.join(given)} exclude each other; give one of them")
+        if self.source == "folder" and not self.root:
+            raise ValueError("data.source=folder needs data.root; name the folder that holds the images")
+        for name in ("labels", "val", "val_labels"):
+            if self.source != "folder" and getattr(self, name) is not None:
+                raise ValueError(f"data.{name} is for data.source=folder, not {self.source}; remove it")
+        rules = {
+            "val_fraction": (0 < self.val_fraction < 1, "between 0 and 1"),
+            "label_fraction": (self.label_fraction is None or 0 < self.label_fraction <= 1, "above 0 and up to 1"),
+            "labels_per_class": (self.labels_per_class is None or self.labels_per_class >= 1, "1 or more"),
+            "val_seed": (0 <= self.val_seed < 2**32, "in 0..2**32 - 1"),
+            "label_seed": (0 <= self.label_seed < 2**32, "in 0..2**32 - 1"),
+            "threads": (self.threads >= 0, "0 (all cores) or more"),
+            "resident_gib": (self.resident_gib >= 0, "0 (half of the free memory) or more"),
+            "max_bad_fraction": (0 <= self.max_bad_fraction < 1, "0 or more and below 1"),
+            "max_pixels": (self.max_pixels >= 1, "1 or more"),
+            "synthetic_images": (self.synthetic_images >= 1, "1 or more"),
+            "synthetic_size": (self.synthetic_size >= 1, "1 or more"),
+            "synthetic_classes": (self.synthetic_classes >= 1, "1 or more"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be {rule}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """What a run trains on and is tested on.
+
+    unlabelled: every image for pretraining, labelled or not, none of val. train: those of them with a label, all.
+    val: labelled images for evaluation. train and val are empty where nothing is labelled.
+    """
+
+    unlabelled: Source
+    train: Source
+    val: Source
+
+
+def open_data(config: DataConfig) -> Splits:
+    """The sources that `config` names. Reads lists and folders, decodes nothing. Raises DataError."""
+    training, validation = _open(config)
+    if not len(validation):
+        training, validation = hold_out(training, config.val_fraction, config.val_seed)
+    labelled = np.flatnonzero(training.labels >= 0)
+    train = training if len(labelled) == len(training) else Subset(training, labelled, f"{training.name}:labelled")
+    LOG.info("%s: %d images, %d labelled, %d for validation", config.source, len(training), len(train), len(validation))
+    return Splits(unlabelled=training, train=train, val=validation)
+
+
+def label_subset(train: Source, config: DataConfig) -> Source:
+    """The labelled images of `train` that the few-label stages may use. DataError where a class is left without."""
+    return few_labels(
+        train,
+        fraction=config.label_fraction,
+        per_class=config.labels_per_class,
+        listed=None if config.label_list is None else Path(config.label_list),
+        seed=config.label_seed,
+    )
+
+
+# The digits have no split of their own: a fifth, the same for everybody, makes results comparable.
+DIGITS_VAL = (0.2, 0)
+
+
+def _open(config: DataConfig) -> tuple[Source, Source]:
+    """(training images, validation images); no validation images where they are to be held out."""
+    match config.source:
+        case "folder":
+            assert config.root is not None  # __post_init__
+            paths = [None if text is None else Path(text) for text in (config.labels, config.val, config.val_labels)]
+            return open_folder(Path(config.root), labels=paths[0], val=paths[1], val_labels=paths[2])
+        case "digits":
+            return hold_out(digits(), *DIGITS_VAL)
+        case "synthetic":
+            noise = SyntheticSource(config.synthetic_images, config.synthetic_size, config.synthetic_classes)
+            return noise, Subset(noise, ())
+        case _:
+            split = "train+unlabeled" if config.source == "stl10" else "train"
+            return _torchvision(config, split), _torchvision(config, "test")
+
+
+def _torchvision(config: DataConfig, split: str) -> ArraySource:
+    return torchvision_set(config.source, split, Path(config.root or "data"), config.download)

@@ -1,0 +1,123 @@
+"""Text files that name images: labels.csv, ImageNet's validation labels, published lists of labelled images."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+
+from fastsimclr.loaders.source import DataError
+
+Ints = npt.NDArray[np.int64]
+
+# First words of a heading; "imageid" is Kaggle's LOC_val_solution.csv.
+HEADINGS = {"imageid", "path", "file", "filename", "image", "name"}
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(where, text) of each line that is not blank; utf-8, with or without a mark."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as text: {error}; give a UTF-8 file") from error
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield f"{path}:{number}", line.strip()
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three of many names and how many more there are, for a message."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def read_labels_csv(path: Path) -> dict[str, str]:
+    """labels.csv as {absolute path of the image: label}. The header is path,label; paths are relative to its folder."""
+    rows: dict[str, str] = {}
+    lines = list(_lines(path))
+    table = list(csv.reader(text for _, text in lines))
+    if not table or [cell.strip().lower() for cell in table[0]] != ["path", "label"]:
+        raise DataError(f"{path} must begin with the line path,label; it begins {lines[0][1] if lines else ''!r}")
+    if len(table) != len(lines):
+        raise DataError(f"{path} has a quoted cell that spans lines; write one image a line")
+    for (where, text), row in zip(lines[1:], table[1:], strict=True):
+        cells = [cell.strip() for cell in row]
+        if len(cells) != 2 or not all(cells):
+            raise DataError(f"{where}: {text!r} is not path,label; write one image and its label a line")
+        image = os.path.abspath(path.parent / cells[0])
+        if image in rows:
+            raise DataError(f"{where}: {cells[0]} is listed twice; leave one line for each image")
+        rows[image] = cells[1]
+    return rows
+
+
+def read_val_labels(path: Path, names: Sequence[str], classes: Sequence[str]) -> Ints:
+    """The label of each of `names`, int64 [n], from two columns: a file's name and its class.
+
+    The columns are parted by a tab, a comma or a space. The class is a name or a position in `classes`, which are
+    sorted; after a tab or comma, only the first word of it counts where the whole is no class (Kaggle's
+    LOC_val_solution.csv goes on with boxes). A name is matched without folder, with or without its extension.
+    """
+    index = {name: label for label, name in enumerate(classes)}
+    rows: dict[str, int] = {}
+    for number, (where, text) in enumerate(_lines(path)):
+        mark = next((mark for mark in "\t," if mark in text), None)
+        cells = [cell.strip() for cell in (text.split(mark, 1) if mark else text.rsplit(None, 1))]
+        if number == 0 and cells[0].lower() in HEADINGS:
+            continue
+        if len(cells) != 2 or not all(cells):
+            raise DataError(f"{where}: {text!r} is not a file's name and its class; write both, parted by a comma")
+        file, label = PurePosixPath(cells[0]).name, cells[1] if cells[1] in index else cells[1].split()[0]
+        if label not in index and not (label.isdecimal() and int(label) < len(classes)):
+            raise DataError(f"{where}: {label!r} is no class; use a class name or 0..{len(classes) - 1}")
+        if file in rows:
+            raise DataError(f"{where}: {file} is listed twice; leave one line for each image")
+        rows[file] = index[label] if label in index else int(label)
+    labels = np.full(len(names), -1, dtype=np.int64)
+    missing, used = [], set()
+    for i, name in enumerate(names):
+        base = PurePosixPath(name)
+        key = next((key for key in (base.name, base.stem) if key in rows), None)
+        if key is None:
+            missing.append(name)
+        else:
+            labels[i] = rows[key]
+            used.add(key)
+    if missing:
+        raise DataError(f"{path} has no line for {some(missing)}; add {len(missing)} lines or remove the images")
+    if unused := sorted(rows.keys() - used):
+        raise DataError(f"{path} names {some(unused)}, not in the folder; remove {len(unused)} lines or add the images")
+    return labels
+
+
+def read_label_list(path: Path, names: Sequence[str]) -> Ints:
+    """The positions in `names` of the images listed in `path`, one a line; sorted int64 [k].
+
+    A line is an image's name without folder, as in Google's 1percent.txt and 10percent.txt, or with as many of its
+    folders as tell it from others of that name.
+    """
+    bases: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        bases.setdefault(PurePosixPath(name).name, []).append(i)
+    chosen: dict[int, str] = {}
+    unknown = []
+    for where, text in _lines(path):
+        found = bases.get(PurePosixPath(text).name, [])
+        if len(found) > 1:
+            found = [i for i in found if f"/{names[i]}".endswith(f"/{text}")] or found
+        if len(found) > 1:
+            raise DataError(f"{where}: {text} could be {some([names[i] for i in found])}; write its folder too")
+        if found and found[0] in chosen:
+            raise DataError(f"{where}: {text} is listed twice, first at {chosen[found[0]]}; leave one line for each")
+        if found:
+            chosen[found[0]] = where
+        else:
+            unknown.append(text)
+    if unknown:
+        raise DataError(
+            f"{path} names {some(unknown)}, not among the labelled training images; remove {len(unknown)} lines"
+        )
+    return np.array(sorted(chosen), dtype=np.int64)

@@ -1,0 +1,182 @@
+"""Sources: files in a folder, arrays in memory, and parts of other sources; with the sets that come ready-made."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastsimclr.loaders.philox import philox4x32
+from fastsimclr.loaders.source import DataError, Source
+
+Ints = npt.NDArray[np.int64]
+Pixels = npt.NDArray[np.uint8]
+
+
+def _frozen(values: npt.ArrayLike) -> Ints:
+    array = np.array(values, dtype=np.int64)
+    array.setflags(write=False)
+    return array
+
+
+def _digest(*parts: bytes) -> str:
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(len(part).to_bytes(8, "little") + part)
+    return whole.hexdigest()
+
+
+class FileSource:
+    """n encoded files under `root`. names: paths relative to root, with forward slashes. Implements `Source`.
+
+    sizes: int64 [n], bytes; they enter the fingerprint, so that a replaced file is noticed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: Path,
+        names: Sequence[str],
+        sizes: Sequence[int],
+        labels: npt.ArrayLike,
+        classes: Sequence[str],
+    ) -> None:
+        self.name = name
+        self.root = root
+        self.names = tuple(names)
+        self.sizes = _frozen(sizes)
+        self.labels = _frozen(labels)
+        self.classes = tuple(classes)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        texts = ("\0".join(self.names).encode(), "\0".join(self.classes).encode())
+        return _digest(*texts, self.sizes.tobytes(), self.labels.tobytes())
+
+    def read(self, index: int) -> bytes:
+        """The file's bytes. Raises OSError."""
+        return (self.root / self.names[index]).read_bytes()
+
+    def describe(self, index: int) -> str:
+        return str(self.root / self.names[index])
+
+
+class ArraySource:
+    """n decoded images in memory: pixels uint8 [n, H, W, 3], of any strides. Implements `Source`."""
+
+    def __init__(self, name: str, pixels: Pixels, labels: npt.ArrayLike, classes: Sequence[str]) -> None:
+        self.name = name
+        self.pixels = pixels
+        self.labels = _frozen(labels)
+        self.classes = tuple(classes)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        # Some 64 images stand for all: hashing three gigabytes would hold up each start.
+        some = self.pixels[:: max(1, len(self) // 64)].tobytes()
+        shape = repr((self.name, self.pixels.shape)).encode()
+        return _digest(shape, "\0".join(self.classes).encode(), self.labels.tobytes(), some)
+
+    def read(self, index: int) -> Pixels:
+        return np.ascontiguousarray(self.pixels[index])
+
+    def describe(self, index: int) -> str:
+        return f"{self.name}[{index}]"
+
+
+class SyntheticSource:
+    """n square images of noise with labels 0..k-1 in turn, for benches: costs no decoding. Implements `Source`."""
+
+    def __init__(self, n: int, size: int, classes: int) -> None:
+        self.name = "synthetic"
+        self.size = size
+        self.labels = _frozen(np.arange(n) % classes)
+        self.classes = tuple(str(label) for label in range(classes))
+        # An image is a window into one strip of noise, so that making it costs nothing and no two are alike.
+        words = -(-(3 * size * size + 16 * n) // 16)
+        counter = np.zeros((words, 4), dtype=np.uint32)
+        counter[:, 0] = np.arange(words, dtype=np.uint32)
+        self._noise = philox4x32(counter, (size, classes)).view(np.uint8).reshape(-1)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _digest(repr((self.name, len(self), self.size, len(self.classes))).encode())
+
+    def read(self, index: int) -> Pixels:
+        start = 16 * index
+        return self._noise[start : start + 3 * self.size * self.size].reshape(self.size, self.size, 3)
+
+    def describe(self, index: int) -> str:
+        return f"synthetic[{index}]"
+
+
+class Subset:
+    """The images of `source` at `indices` (int64 [n]), in that order. Implements `Source`."""
+
+    def __init__(self, source: Source, indices: npt.ArrayLike, name: str | None = None) -> None:
+        chosen = _frozen(indices)
+        self.base: Source = source.base if isinstance(source, Subset) else source
+        self.indices: Ints = _frozen(source.indices[chosen]) if isinstance(source, Subset) else chosen
+        self.name = name or source.name
+        self.classes = self.base.classes
+        self.labels = _frozen(self.base.labels[self.indices])
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _digest(self.base.fingerprint.encode(), self.indices.tobytes())
+
+    def read(self, index: int) -> bytes | Pixels:
+        return self.base.read(int(self.indices[index]))
+
+    def describe(self, index: int) -> str:
+        return self.base.describe(int(self.indices[index]))
+
+
+def digits() -> ArraySource:
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, in 10 classes; grey as RGB, 0..16 scaled to 0..255."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError("data.source=digits needs scikit-learn; run: pip install scikit-learn") from error
+    images, labels = load_digits(return_X_y=True)
+    grey = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    return ArraySource("digits", np.repeat(grey[..., None], 3, axis=3), labels, [str(digit) for digit in range(10)])
+
+
+# What to put in the folder where there is no network; torchvision unpacks the archive when download is on.
+ARCHIVES = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz", "stl10": "stl10_binary.tar.gz"}
+
+
+def torchvision_set(name: str, split: str, root: Path, download: bool) -> ArraySource:
+    """cifar10 or cifar100 (split train, test) or stl10 (train, test, train+unlabeled) as an array in memory.
+
+    Raises DataError naming the folder and the archive where the files are not there and cannot be fetched.
+    """
+    from torchvision import datasets
+
+    makers: dict[str, Any] = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}
+    which = {"split": split} if name == "stl10" else {"train": split == "train"}
+    try:
+        data = makers[name](str(root), download=download, **which)
+    except (RuntimeError, OSError) as error:
+        how = f"put {ARCHIVES[name]} there" + (" (the download failed)" if download else " and set data.download=true")
+        raise DataError(f"data.source={name}: no usable files in {root.absolute()}: {how}: {error}") from error
+    pixels = data.data.transpose(0, 2, 3, 1) if name == "stl10" else data.data
+    return ArraySource(f"{name}:{split}", pixels, data.labels if name == "stl10" else data.targets, data.classes)

@@ -1,0 +1,37 @@
+"""Where images come from: the interface that folders, published sets and embedded data share."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+class DataError(ValueError):
+    """Bad input data. The message names the file or key, the value, the rule and the remedy."""
+
+
+class Source(Protocol):
+    """n images with optional labels, read one at a time from any thread.
+
+    name: for people, e.g. "cifar10:train". classes: class names, () where nothing is labelled.
+    labels: int64 [n], an index into classes, -1 where the image has no label.
+    fingerprint: hex digest that changes when the list of images or labels changes; a checkpoint carries it.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def labels(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def __len__(self) -> int: ...
+    def read(self, index: int) -> bytes | npt.NDArray[np.uint8]:
+        """The encoded file (bytes), or decoded RGB pixels as uint8 [H, W, 3]."""
+        ...
+    def describe(self, index: int) -> str:
+        """What an error message calls the image: its path, or e.g. "digits[12]"."""
+        ...

@@ -1,0 +1,219 @@
+"""The draws: known answers of the generator, purity, and distributions against torchvision and plain loops."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torchvision import transforms
+
+from fastsimclr.loaders.draw import Policy, ViewParams, crop_flip, draw, evaluation, simclr
+from fastsimclr.loaders.philox import philox4x32, uniform
+
+DRAWS = 4000
+# Fixed seeds: a test either always passes or never does; .001 is the chance that a right sampler was unlucky here.
+P_LEAST = 0.001
+COLUMNS = ("source", "crop", "angle", "flip", "jitter", "factors", "order", "grey", "sigma", "solarise")
+
+
+def params_of(policy: Policy, height: int = 300, width: int = 400, n: int = DRAWS, seed: int = 3) -> ViewParams:
+    sizes = torch.tensor([[height, width]], dtype=torch.int32).expand(n, 2)
+    return draw(policy, seed, torch.full((n,), 5), torch.arange(n), 1, sizes)
+
+
+def same_law(ours: torch.Tensor, theirs: list[float] | np.ndarray) -> None:
+    assert stats.ks_2samp(ours.double().numpy(), np.asarray(theirs, dtype=np.float64), method="asymp").pvalue > P_LEAST
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "answer"),
+    [
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_philox_gives_the_published_answers(counter: str, key: str, answer: str) -> None:
+    words = np.array([int(word, 16) for word in counter.split()], dtype=np.uint32)
+    first, second = (int(word, 16) for word in key.split())
+    expected = [int(word, 16) for word in answer.split()]
+    assert philox4x32(words, (first, second)).tolist() == expected
+    per_row = np.full((2, 3), first, dtype=np.uint32), np.full((2, 3), second, dtype=np.uint32)
+    assert philox4x32(np.tile(words, (2, 3, 1)), per_row).tolist() == [[expected] * 3] * 2
+
+
+def test_uniform_lies_strictly_between_zero_and_one() -> None:
+    ends = uniform(np.array([0, 2**32 - 1], dtype=np.uint32))
+    assert 0 < ends[0] < ends[1] < 1
+
+
+@pytest.mark.parametrize("semantics", ["torchvision", "tensorflow"])
+def test_a_view_depends_on_seed_epoch_id_view_and_size_alone(semantics: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    n, views = 40, 3
+    policy = dataclasses.replace(simclr(224, semantics), rotate=10.0, solarise=0.3)  # type: ignore[arg-type]
+    ids = torch.randint(0, 2**40, (n,), generator=generator)
+    epochs = torch.randint(0, 3, (n,), generator=generator)
+    sizes = torch.randint(1, 500, (n, 2), generator=generator, dtype=torch.int32)
+    whole = draw(policy, 7, epochs, ids, views, sizes)
+    index = torch.randperm(n, generator=generator)[:13]
+    for view in range(views):
+        part = draw(policy, 7, epochs[index], ids[index], 1, sizes[index], first_view=view)
+        assert torch.equal(part.source, torch.arange(13, dtype=torch.int32))
+        for column in COLUMNS[1:]:
+            assert torch.equal(getattr(part, column), getattr(whole, column)[view * n + index]), column
+        assert np.array_equal(part.extent, whole.extent[view * n + index.numpy()])
+    for other in (
+        draw(policy, 8, epochs, ids, views, sizes),
+        draw(policy, 7, epochs + 1, ids, views, sizes),
+        draw(policy, 7, epochs, ids + 2**33, views, sizes),
+        draw(policy, 7, epochs, ids, views, sizes, first_view=views),
+    ):
+        assert not torch.isclose(other.factors, whole.factors).any(1).float().mean() > 0.05
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (32, 32), (40, 400), (500, 90), (1, 1), (3, 2)])
+def test_torchvision_crops_follow_random_resized_crop(height: int, width: int) -> None:
+    ours = params_of(simclr(224), height, width).crop
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array(
+        [transforms.RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(DRAWS)]
+    )
+    for column in range(4):
+        same_law(ours[:, column], theirs[:, column])
+    same_law(ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3])
+    same_law(ours[:, 3].double() / ours[:, 2], theirs[:, 3] / theirs[:, 2])
+
+
+def tensorflow_crop(height: int, width: int, generator: random.Random) -> tuple[int, int, int, int]:
+    """tf.image.sample_distorted_bounding_box, retold one number at a time."""
+    for _ in range(100):
+        aspect = generator.uniform(3 / 4, 4 / 3)
+        least, most = 0.08 * height * width, 1.0 * height * width
+        low, high = round(math.sqrt(least / aspect)), round(math.sqrt(most / aspect))
+        if round(high * aspect) > width:
+            high = int((width + 0.5 - 1e-7) / aspect)
+        high = min(high, height)
+        h = low if low < high else high
+        if h < high:
+            h += generator.randrange(high - h + 1)
+        w = round(h * aspect)
+        if h * w < least:
+            h += 1
+            w = round(h * aspect)
+        if h * w > most:
+            h -= 1
+            w = round(h * aspect)
+        if not (least <= h * w <= most and 0 < w <= width and 0 < h <= height) or h * w < 0.1 * height * width:
+            continue
+        top = generator.randrange(height - h) if h < height else 0
+        left = generator.randrange(width - w) if w < width else 0
+        return top, left, h, w
+    return 0, 0, height, width
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (32, 32), (40, 400), (500, 90), (1, 1), (3, 2)])
+def test_tensorflow_crops_follow_the_plain_loop(height: int, width: int) -> None:
+    ours = params_of(simclr(224, "tensorflow"), height, width).crop
+    generator = random.Random(0)
+    theirs = np.array([tensorflow_crop(height, width, generator) for _ in range(DRAWS)])
+    for column in range(4):
+        same_law(ours[:, column], theirs[:, column])
+    same_law(ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3])
+    same_law(ours[:, 3].double() / ours[:, 2], theirs[:, 3] / theirs[:, 2])
+
+
+@pytest.mark.parametrize("semantics", ["torchvision", "tensorflow"])
+def test_crops_lie_inside_images_of_any_size(semantics: str) -> None:
+    sizes = torch.randint(1, 60, (3000, 2), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    for policy in (simclr(224, semantics), evaluation(224, semantics), evaluation(32, semantics)):  # type: ignore[arg-type]
+        top, left, height, width = draw(policy, 0, torch.zeros(3000), torch.arange(3000), 1, sizes).crop.unbind(1)
+        assert (top >= 0).all() and (left >= 0).all() and (height >= 1).all() and (width >= 1).all()
+        assert (top + height <= sizes[:, 0]).all() and (left + width <= sizes[:, 1]).all()
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0, 1.5])
+def test_jitter_and_blur_follow_torchvision(strength: float) -> None:
+    params = params_of(simclr(224, strength=strength))
+    jitter = transforms.ColorJitter(0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)
+    torch.manual_seed(0)
+    drawn = [
+        transforms.ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+        for _ in range(DRAWS)
+    ]
+    for column in range(4):
+        same_law(params.factors[:, column], [row[1 + column] for row in drawn])
+    counts = np.unique(params.order.numpy(), axis=0, return_counts=True)[1]
+    assert len(counts) == 24 and stats.chisquare(counts).pvalue > P_LEAST
+    same_law(params.sigma[params.sigma > 0], [transforms.GaussianBlur.get_params(0.1, 2.0) for _ in range(DRAWS)])
+
+
+def test_brightness_is_additive_for_v1() -> None:
+    policy = dataclasses.replace(simclr(224, "tensorflow", strength=0.5), brightness="add")
+    same_law(params_of(policy).factors[:, 0], np.random.default_rng(0).uniform(-0.4, 0.4, DRAWS))
+
+
+def test_chances_are_those_of_the_policy_and_independent() -> None:
+    params = params_of(dataclasses.replace(simclr(224), solarise=0.1, flip=0.3, rotate=15.0), n=20000)
+    chances = {"flip": 0.3, "jitter": 0.8, "grey": 0.2, "solarise": 0.1}
+    for name, chance in chances.items():
+        assert stats.binomtest(int(getattr(params, name).sum()), 20000, chance).pvalue > P_LEAST
+    assert stats.binomtest(int((params.sigma > 0).sum()), 20000, 0.5).pvalue > P_LEAST
+    same_law(params.angle, np.random.default_rng(0).uniform(-math.radians(15), math.radians(15), 20000))
+    numbers = [getattr(params, name).double() for name in chances] + [params.angle.double(), params.sigma.double()]
+    numbers += list(params.factors.double().T) + list(params.crop.double().T[:2])
+    correlation = torch.corrcoef(torch.stack(numbers)) - torch.eye(len(numbers))
+    correlation[-1, -2] = correlation[-2, -1] = 0  # the two corners share the crop's size
+    assert correlation.abs().max() < 4.5 / math.sqrt(20000)
+
+
+def test_evaluation_crops() -> None:
+    """Google: rint(.875 * shorter side), margins rounded up; torchvision: margins rounded to even; small: the whole."""
+    assert params_of(evaluation(224, "tensorflow"), 96, 129, 1).crop.tolist() == [[6, 23, 84, 84]]
+    assert params_of(evaluation(224), 96, 129, 1).crop.tolist() == [[6, 22, 84, 84]]
+    assert params_of(evaluation(32), 20, 70, 1).crop.tolist() == [[0, 0, 20, 70]]
+    assert evaluation(32).ops == frozenset() and crop_flip(32).ops == {"flip"}
+
+
+def test_params_survive_the_move_to_a_device() -> None:
+    """The packing, through the one device that every machine has: a copy that calls itself the meta device."""
+    params = params_of(dataclasses.replace(simclr(32), rotate=5.0, solarise=0.5), n=7)
+    moved = params.to(torch.device("meta"))
+    for column in COLUMNS:
+        ours, theirs = getattr(params, column), getattr(moved, column)
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype) and theirs.device.type == "meta"
+    assert params.to(torch.device("cpu")) is params
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"flip": 1.5}, "flip=1.5 is not a probability"),
+        ({"scale": (0.5, 0.2)}, "scale=(0.5, 0.2) is not a range"),
+        ({"scale": (0.5, 1.2)}, "1 at most"),
+        ({"brightness": "add"}, "semantics=tensorflow"),
+        ({"size": 0}, "size=0"),
+        ({"strength": 3.0}, "strength=3.0"),
+        ({"centre_fraction": 0.0}, "centre_fraction=0.0"),
+    ],
+)
+def test_bad_policies_are_refused(change: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        Policy(**change)  # type: ignore[arg-type]
+    assert words in str(caught.value)
+
+
+def test_bad_draws_are_refused() -> None:
+    one, size = torch.zeros(1, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="use 0"):
+        draw(simclr(32), 2**32, one, one, 2, size)
+    with pytest.raises(ValueError, match="negative"):
+        draw(simclr(32), 0, one, one - 1, 2, size)
+    with pytest.raises(ValueError, match="do not fit"):
+        draw(simclr(32), 0, one, one, 2, size[0])
