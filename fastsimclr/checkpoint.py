@@ -74,7 +74,7 @@ def sync_folder(path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read one checkpoint file onto the CPU, tensors and plain values only. CheckpointError if it is not one of ours."""
+    """Read one checkpoint onto the CPU, tensors and plain values only. CheckpointError if it is not one of ours."""
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist; give a run folder or a .pt file of one")
     try:
@@ -94,11 +94,13 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path} was not written by fastsimclr: it has no 'format' entry")
     if state["format"] != FORMAT:
         raise CheckpointError(
-            f"checkpoint {path} has format {state['format']}, this version reads {FORMAT}; use the version that wrote it"
+            f"checkpoint {path} has format {state['format']}, this version reads {FORMAT}; use the one that wrote it"
         )
     missing = [key for key in _REQUIRED if key not in state]
     if missing:
-        raise CheckpointError(f"checkpoint {path} lacks {', '.join(missing)}; it is not a complete fastsimclr checkpoint")
+        raise CheckpointError(
+            f"checkpoint {path} lacks {', '.join(missing)}; it is not a complete fastsimclr checkpoint"
+        )
     return state
 
 

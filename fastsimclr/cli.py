@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 import fastsimclr
 from fastsimclr import stages
@@ -55,7 +55,7 @@ def _parser() -> ArgumentParser:
 
 def _stage_parser(name: str, summary: str) -> ArgumentParser:
     parser = _StageParser(description=summary, print_config="--print_config")
-    parser.add_argument("--config", action=ActionConfigFile, help="Recipe file; later options override it.")
+    parser.add_argument("--config", action="config", help="Recipe file; later options override it.")
     if name in ("linear", "knn", "finetune"):
         parser.add_argument("--from", dest="start", type=str, required=True, help="Pretraining run; its recipe holds.")
     if name == "distill":
@@ -128,9 +128,8 @@ def _known(name: str) -> str:
     packaged = CONFIGS / path.name
     if packaged.is_file() and path.parent in (Path(), Path("configs")):
         return str(packaged)
-    raise FileNotFoundError(
-        f"--config {name} does not exist; give a file, or one of {', '.join(p.name for p in sorted(CONFIGS.glob('*.yaml')))}"
-    )
+    known = ", ".join(path.name for path in sorted(CONFIGS.glob("*.yaml")))
+    raise FileNotFoundError(f"--config {name} does not exist; give a file, or one of {known}")
 
 
 def _execute(command: str, options: Namespace) -> None:

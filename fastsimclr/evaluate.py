@@ -81,7 +81,7 @@ def knn(train: Features, test: Features, classes: int, *, k: int, temperature: f
     k = min(k, len(train.labels))
     bank_TC, query_NC = F.normalize(train.values, dim=1), F.normalize(test.values, dim=1)
     votes = []
-    for block in query_NC.split(max(1, 2**24 // len(bank_TC))):
+    for block in torch.split(query_NC, max(1, 2**24 // len(bank_TC))):
         similarity, index = (block @ bank_TC.T).topk(k, dim=1)
         weight = ((similarity - 1) / temperature).exp()
         votes.append(weight.new_zeros(len(block), classes).scatter_add_(1, train.labels[index], weight))

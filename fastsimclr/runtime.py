@@ -43,7 +43,7 @@ class Runtime:
     def place(self, module: nn.Module) -> nn.Module:
         """Move to the device, channels-last where asked for."""
         module = module.to(self.device)
-        return module.to(memory_format=torch.channels_last) if self.channels_last else module  # type: ignore[call-overload,no-any-return]
+        return module.to(memory_format=torch.channels_last) if self.channels_last else module
 
     def name(self) -> str:
         """The device in words, for result files."""

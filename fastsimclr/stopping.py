@@ -7,7 +7,7 @@ import threading
 from types import FrameType
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):
     """A run that was asked to stop, and has saved its state."""
 
     def __init__(self, signum: int, message: str) -> None:

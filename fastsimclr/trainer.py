@@ -23,7 +23,7 @@ from fastsimclr.objectives import Objective
 from fastsimclr.optim import Schedule, set_lr
 from fastsimclr.runlog import RunLog, logger
 from fastsimclr.runtime import Runtime
-from fastsimclr.stopping import Stopped, StopFlag
+from fastsimclr.stopping import StopFlag, Stopped
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,8 @@ class DataConfig:
     """Labels of a flat validation folder: two columns, file name and class name or position among the sorted classes,
     as in ImageNet's LOC_val_solution.csv."""
     val_fraction: float = 0.1
-    """Share of each class's labelled images held out for validation where the data set has no split of its own."""
+    """Share of each class's labelled images held out for validation where the data set has no split of its own.
+    The digits have one: a fixed fifth."""
     val_seed: int = 0
     """Seed of the held-out split. Keep it through all stages, or one stage trains on what another is tested on."""
     label_fraction: float | None = None

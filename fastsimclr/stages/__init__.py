@@ -1,10 +1,11 @@
 """The stages: each reads a recipe, builds the parts, runs the trainer and writes result.json."""
 
-from fastsimclr.stages.chain import run_chain, run_seeds, summary
+from fastsimclr.stages.chain import run_chain, run_seeds
 from fastsimclr.stages.classifiers import distill, finetune, supervised
 from fastsimclr.stages.evaluation import evaluate_knn, evaluate_linear
 from fastsimclr.stages.networks import recipe_path
 from fastsimclr.stages.pretrain import pretrain
+from fastsimclr.stages.report import summary
 from fastsimclr.stages.setting import Setting
 
 __all__ = [

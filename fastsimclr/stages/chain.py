@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,45 +82,3 @@ def _claim(recipe: Recipe, out: Path) -> None:
 
 def _brief(result: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value:.3f}" for key, value in result["metrics"].items()) or "done"
-
-
-def summary(runs: list[Results]) -> str:
-    """What each stage gave, as a table; with several runs mean ± standard deviation and the paired differences."""
-    rows = [("", "top-1", "labels", "parameters", "seconds")]
-
-    def row(name: str, stage: str, metric: str = "top1", own_network: bool = True) -> None:
-        if metric not in runs[0][stage]["metrics"]:
-            return
-        result = runs[0][stage]
-        seconds = [run[stage].get("seconds", run[stage].get("training", {}).get("seconds", 0.0)) for run in runs]
-        parameters = f"{result['parameters']:,}" if own_network else "-"
-        took = f"{sum(seconds) / len(seconds):.0f}" if own_network and metric == "top1" else "-"
-        labels = f"{result['labels']:,}" if "labels" in result else "-"
-        rows.append((name, spread([run[stage]["metrics"][metric] for run in runs]), labels, parameters, took))
-
-    row("kNN, raw pixels", "knn", "raw_pixels_top1", own_network=False)
-    row("kNN, untrained network", "knn", "untrained_top1")
-    row("kNN, pretrained", "knn")
-    row("linear on pretrained", "linear")
-    row("fine-tuned", "finetune")
-    row("supervised, same labels", "supervised")
-    row("distilled student", "distill")
-    widths = [max(len(line[column]) for line in rows) for column in range(5)]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, widths, strict=True))) for r in rows]
-    steps = runs[0]["pretrain"]["training"]
-    took = sum(run["pretrain"]["training"]["seconds"] for run in runs) / len(runs)
-    lines.insert(0, f"pretraining: {steps['steps']:,} steps, {took:.0f} s, {steps['images_per_s']:.0f} images/s at its end")
-    for name, one, other in (("fine-tuned - supervised", "finetune", "supervised"), ("student - teacher", "distill", "finetune")):
-        gains = [run[one]["metrics"]["top1"] - run[other]["metrics"]["top1"] for run in runs]
-        lines.append(f"{name}: {spread(gains, signed=True)}")
-    lines.append(f"{runs[0]['pretrain']['data']['val']:,} validation images, {runs[0]['pretrain']['environment']['device']}, seeds: {len(runs)}")
-    return "\n".join(lines)
-
-
-def spread(values: list[float], signed: bool = False) -> str:
-    """The mean, with ± the sample standard deviation where there are several."""
-    mean = sum(values) / len(values)
-    text = f"{mean:+.3f}" if signed else f"{mean:.3f}"
-    if len(values) == 1:
-        return text
-    return f"{text} ± {math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)):.3f}"

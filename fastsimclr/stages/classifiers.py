@@ -67,9 +67,10 @@ def distill(setting: Setting, teacher: Path, run: Path, resume: bool) -> dict[st
     config = recipe.distill
     taught, classes = load_classifier(teacher)
     if setting.splits.val.classes != classes:
+        here = setting.splits.val
         raise DataError(
-            f"the teacher {teacher} knows {len(classes)} classes ({', '.join(classes[:3])}, …), the data"
-            f" {setting.splits.val.name} has {len(setting.splits.val.classes)}; use the data that the teacher learned from"
+            f"the teacher {teacher} knows {len(classes)} classes ({', '.join(classes[:3])}, …), the data {here.name}"
+            f" has {len(here.classes)} ({', '.join(here.classes[:3])}, …); use the data that the teacher learned from"
         )
     torch.manual_seed(recipe.seed)
     student = build_classifier(config.student, recipe.views.size, len(classes), init="normal")

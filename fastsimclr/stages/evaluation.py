@@ -11,7 +11,7 @@ import torch
 from fastsimclr.evaluate import calibrate_bn, extract, knn, logistic_regression, raw_pixels
 from fastsimclr.models import Classifier, ClassifierNet, ProjectionHead, build_encoder
 from fastsimclr.objectives import CrossEntropy
-from fastsimclr.stages.networks import load_encoder, load_network_facts, network_facts
+from fastsimclr.stages.networks import load_encoder, load_network_facts
 from fastsimclr.stages.setting import Setting
 from fastsimclr.stages.training import classifier_metrics, fitting_batch, train, write_evaluation, write_result
 

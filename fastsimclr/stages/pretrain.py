@@ -26,7 +26,9 @@ def pretrain(setting: Setting, run: Path, resume: bool) -> dict[str, Any]:
     source = setting.splits.unlabelled
     hooks = []
     if config.probe_every_epochs is not None and len(setting.splits.train):
-        hooks.append(Probe(setting, network, every_steps=max(1, config.probe_every_epochs * len(source) // config.batch)))
+        hooks.append(
+            Probe(setting, network, every_steps=max(1, config.probe_every_epochs * len(source) // config.batch))
+        )
     outcome = train(
         setting,
         stage="pretrain",

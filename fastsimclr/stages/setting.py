@@ -105,9 +105,7 @@ class Setting:
     def passes(self, source: Source) -> Iterable[Batch]:
         """One pass over the images in order, damaged ones left out."""
         pin = self.runtime.device.type == "cuda"
-        loader = EvalLoader(
-            source, self.recipe.data, batch=_EVALUATION_BATCH, resident=self._resident(source), pin=pin
-        )
+        loader = EvalLoader(source, self.recipe.data, batch=_EVALUATION_BATCH, resident=self._resident(source), pin=pin)
         return self._noting_damage(loader)
 
     def loader_name(self, source: Source) -> str:

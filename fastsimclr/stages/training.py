@@ -108,10 +108,15 @@ def write_result(
     """Write run/result.json of a training stage and return it."""
     training = {
         "steps": trained.steps,
-        "seconds": round(trained.trained_s, 2),
         **{key: value for key, value in trained.last.items() if key != "trained_s"},
     }
-    result = {"metrics": metrics, "training": training, "implementations": trained.implementations, **facts}
+    result = {
+        "metrics": metrics,
+        "training": training,
+        "seconds": round(trained.trained_s, 2),
+        "implementations": trained.implementations,
+        **facts,
+    }
     return _write(setting, run, trained.stage, result, network)
 
 

@@ -112,6 +112,24 @@ def test_crop_and_bicubic(oracle: dict[str, np.ndarray], key: str, box: tuple[in
     torch.testing.assert_close(make_views(images, params, **policy.rendering), expected.clamp(0, 1), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("length", "size"), [(50, 7), (50, 33), (9, 40), (1, 5), (2, 3), (333, 224)])
+def test_bicubic_weights_in_plain_loops(length: int, size: int) -> None:
+    """The offset rounded to 1/1024, as TensorFlow's table has it: the oracle's sizes all fall on its entries."""
+
+    def keys(x: float, a: float = -0.75) -> float:
+        x = abs(x)
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1 if x <= 1 else a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+
+    expected = torch.zeros(size, length, dtype=torch.float64)
+    for out in range(size):
+        place = np.float32(out) * (np.float32(length) / np.float32(size))
+        offset = round(float(place - np.floor(place)) * 1024) / 1024
+        for tap in (-1, 0, 1, 2):
+            expected[out, min(max(int(place) + tap, 0), length - 1)] += keys(offset - tap)
+    ours = axis_weights("tensorflow", torch.tensor([length]), 0, torch.arange(size)[None], size, length)
+    torch.testing.assert_close(ours[0].double(), expected, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("name", ["blur_kernel9", "blur_kernel22"])
 def test_blur(oracle: dict[str, np.ndarray], name: str) -> None:
     """Zero padding. The photo is 96 by 128 and our views are square: the same kernel on both axes, side by side."""

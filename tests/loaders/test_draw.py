@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 from torchvision import transforms
 
+from fastsimclr.loaders.crops import random_crops
 from fastsimclr.loaders.draw import Policy, ViewParams, crop_flip, draw, evaluation, simclr
 from fastsimclr.loaders.philox import philox4x32, uniform
 
@@ -24,6 +25,12 @@ COLUMNS = ("source", "crop", "angle", "flip", "jitter", "factors", "order", "gre
 def params_of(policy: Policy, height: int = 300, width: int = 400, n: int = DRAWS, seed: int = 3) -> ViewParams:
     sizes = torch.tensor([[height, width]], dtype=torch.int32).expand(n, 2)
     return draw(policy, seed, torch.full((n,), 5), torch.arange(n), 1, sizes)
+
+
+def fills(values: torch.Tensor, low: float, high: float) -> None:
+    """The values lie in the range and come within a hundredth of its ends."""
+    margin = 0.01 * (high - low)
+    assert low <= values.min() <= low + margin and high - margin <= values.max() <= high
 
 
 def same_law(ours: torch.Tensor, theirs: list[float] | np.ndarray) -> None:
@@ -61,8 +68,9 @@ def test_a_view_depends_on_seed_epoch_id_view_and_size_alone(semantics: str) -> 
     epochs = torch.randint(0, 3, (n,), generator=generator)
     sizes = torch.randint(1, 500, (n, 2), generator=generator, dtype=torch.int32)
     whole = draw(policy, 7, epochs, ids, views, sizes)
-    index = torch.randperm(n, generator=generator)[:13]
+    chosen = torch.randperm(n, generator=generator)[:13]
     for view in range(views):
+        index = chosen.roll(view)
         part = draw(policy, 7, epochs[index], ids[index], 1, sizes[index], first_view=view)
         assert torch.equal(part.source, torch.arange(13, dtype=torch.int32))
         for column in COLUMNS[1:]:
@@ -149,9 +157,33 @@ def test_jitter_and_blur_follow_torchvision(strength: float) -> None:
     ]
     for column in range(4):
         same_law(params.factors[:, column], [row[1 + column] for row in drawn])
+        reach = (0.8 if column < 3 else 0.2) * strength
+        fills(params.factors[:, column].double(), *((max(1 - reach, 0), 1 + reach) if column < 3 else (-reach, reach)))
     counts = np.unique(params.order.numpy(), axis=0, return_counts=True)[1]
     assert len(counts) == 24 and stats.chisquare(counts).pvalue > P_LEAST
     same_law(params.sigma[params.sigma > 0], [transforms.GaussianBlur.get_params(0.1, 2.0) for _ in range(DRAWS)])
+
+
+@pytest.mark.parametrize(("semantics", "tries"), [("torchvision", 10), ("tensorflow", 100)])
+def test_each_try_has_its_own_numbers_and_all_are_used(semantics: str, tries: int) -> None:
+    """A row that never succeeds asks for every try once; one that succeeds in its last try keeps that window."""
+    asked: list[int] = []
+
+    def numbers(rows: np.ndarray, first: int, count: int) -> np.ndarray:
+        u = np.full((len(rows), count, 4), 0.9999999)
+        u[..., 0] = 0.5 if semantics == "torchvision" else 0.9999999
+        asked.extend(range(first, first + count))
+        if first + count == tries:
+            u[0, -1] = [1e-9, 0.5, 0.0, 0.0] if semantics == "torchvision" else [0.5, 1e-9, 0.0, 0.0]
+        return u
+
+    # Too flat for any window of a ratio near 2 (or with a scale that a ratio near 2 cannot reach).
+    ratio, sizes = (1 / 2, 2.0), np.array([[400, 100], [400, 100]])
+    scale = (0.08, 1.0) if semantics == "torchvision" else (0.2, 1.0)
+    boxes = random_crops(semantics, scale, ratio, sizes, numbers)  # type: ignore[arg-type]
+    assert asked == list(range(tries))
+    assert boxes[1].tolist() == ([100, 0, 200, 100] if semantics == "torchvision" else [0, 0, 400, 100])
+    assert boxes[0].tolist() != boxes[1].tolist()
 
 
 def test_brightness_is_additive_for_v1() -> None:

@@ -51,6 +51,13 @@ def test_a_batch_straddles_two_epochs() -> None:
     assert ids.tolist() == [*epoch_order(10, 0, 0)[8:], *epoch_order(10, 0, 1)[:2]]
 
 
+def test_memory_is_bounded_over_many_epochs() -> None:
+    order = Order(10, 0)
+    for start in range(0, 200, 7):
+        order.at(start, start + 7)
+        assert len(order._kept) <= 2
+
+
 def test_orders_differ_by_seed_and_epoch_and_are_uniform() -> None:
     assert epoch_order(50, 0, 0).tolist() != epoch_order(50, 0, 1).tolist() != epoch_order(50, 1, 0).tolist()
     first = np.array([epoch_order(5, seed, epoch)[0] for seed in range(50) for epoch in range(40)])
