@@ -16,9 +16,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Installs nothing: it runs on a GPU machine with the Python and PyTorch that are there.
+# Installs nothing: it runs on a GPU machine with the Python and PyTorch that are there; OUT=DIR takes the reports.
+OUT ?= runs/gpu-check
 gpu-check:
-	$(PYTHON) -m fastsimclr.bench.gpu_check
+	$(PYTHON) -m fastsimclr.bench.gpu_check --out $(OUT)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 FORMAT = 1
 _REQUIRED = (
@@ -64,6 +66,18 @@ def write_text(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
+def differences(before: str, now: str) -> list[str]:
+    """What differs between two recipes in YAML, each as "section.key: old -> new"."""
+
+    def flat(value: Any, within: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {within: value}
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{within}.{key}").items()}
+
+    old, new = ({key[1:]: value for key, value in flat(yaml.safe_load(text), "").items()} for text in (before, now))
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
 def sync_folder(path: Path) -> None:
     """Make a rename in this folder last through a power cut."""
     handle = os.open(path, os.O_RDONLY)
@@ -78,15 +92,18 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist; give a run folder or a .pt file of one")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it writes
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"checkpoint {path} holds more than tensors and plain values, or is not a checkpoint; only files written by"
-            f" fastsimclr are read ({str(error).splitlines()[0]})"
+            f"checkpoint {path} holds more than tensors and plain values; only files written by fastsimclr are read"
+            f" ({str(error).splitlines()[0]})"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged bytes can raise anything
         raise CheckpointError(
-            f"checkpoint {path} ({path.stat().st_size} bytes) cannot be read, it may be truncated"
+            f"checkpoint {path} ({path.stat().st_size} bytes) cannot be read: it is truncated, damaged or foreign"
             f" ({str(error).splitlines()[0] if str(error) else type(error).__name__}); delete it and resume from an"
             " earlier one in the same folder"
         ) from error

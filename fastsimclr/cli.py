@@ -6,15 +6,17 @@ import logging
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
 import fastsimclr
 from fastsimclr import stages
-from fastsimclr.recipe import Recipe, add_recipe_arguments, recipe_from, recipe_keys
+from fastsimclr.models.resnet import Arch
+from fastsimclr.recipe import Recipe, add_recipe_arguments, check_sections, parse_recipe, recipe_from, recipe_keys
 from fastsimclr.stopping import Stopped
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -28,10 +30,23 @@ _COMMANDS = {
     "distill": "Distill a fine-tuned network into a student.",
     "run": "All of them in a row; the same command again goes on where it stopped.",
     "demo": "The whole chain on embedded images, in a few minutes on a CPU.",
+    "bench": "Measure loader, step or training beside a baseline; compare two reports.",
 }
 
 
-class _StageParser(ArgumentParser):
+class _Parser(ArgumentParser):
+    """A wrong command line is one line, too; options are written out, or --fro would pass for --from."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser = getattr(ex, "subcommand_parser", None) or self
+        command = parser.prog.replace(" [options]", "")
+        self.exit(2, f"error: {_one_line(message)}; see {command} --help\n")
+
+
+class _StageParser(_Parser):
     """--print_config prints the recipe alone, so that its output is a recipe file for any command."""
 
     def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
@@ -41,15 +56,22 @@ class _StageParser(ArgumentParser):
         return str(super().dump(recipe, *args, **kwargs))
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
+def _parser(chosen: str | None) -> ArgumentParser:
+    """The whole command line; of the commands only `chosen` with its options, which take a tenth of a second each."""
+    parser = _Parser(
         prog="fastsimclr",
         description="From unlabelled images and a few labels to a compact classifier: SimCLR v1 and v2.",
     )
     parser.add_argument("--version", action="version", version=f"fastsimclr {fastsimclr.__version__}")
     commands = parser.add_subcommands(metavar="COMMAND")
     for name, summary in _COMMANDS.items():
-        commands.add_subcommand(name, _stage_parser(name, summary), help=summary)
+        staged = name == chosen and name != "bench"
+        command = _stage_parser(name, summary) if staged else _Parser(description=summary)
+        commands.add_subcommand(name, command, help=summary)
+        if name == chosen == "bench":
+            from fastsimclr.bench.command import add_benches  # torchvision's networks, not for the other commands
+
+            add_benches(command, _Parser)
     return parser
 
 
@@ -57,10 +79,10 @@ def _stage_parser(name: str, summary: str) -> ArgumentParser:
     parser = _StageParser(description=summary, print_config="--print_config")
     parser.add_argument("--config", action="config", help="Recipe file; later options override it.")
     if name in ("linear", "knn", "finetune"):
-        parser.add_argument("--from", dest="start", type=str, required=True, help="Pretraining run; its recipe holds.")
+        parser.add_argument("--from", type=str, required=True, help="Pretraining run; its recipe holds.")
     if name == "distill":
-        parser.add_argument("--teacher", dest="start", type=str, required=True, help="Teacher's run; its recipe holds.")
-        parser.add_argument("--student", type=str, help="Architecture, short for --distill.student.arch.")
+        parser.add_argument("--teacher", type=str, required=True, help="Teacher's run; its recipe holds.")
+        parser.add_argument("--student", type=Arch, help="Architecture, short for --distill.student.arch.")
     parser.add_argument("--out", type=str, help=f"Run folder. Default: {_default_out(name, 'RUN')}.")
     if name in ("run", "demo"):
         parser.add_argument("--seeds", type=int, default=1, help="Repeat with as many seeds; report mean and spread.")
@@ -86,14 +108,15 @@ _CHAINED = ("linear", "knn", "finetune", "distill")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors are one line, with --traceback also Python's trace."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = _plain(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
     try:
-        parser = _parser()
+        parser = _parser(next((word for word in words if word in _COMMANDS), None))
         parsed = parser.parse_args(_with_recipes(words))
         _execute(parsed.subcommand, parser.instantiate(parsed)[parsed.subcommand])
     except Stopped as stop:
-        print(f"\n{stop}", file=sys.stderr)
+        again = "" if words[0] in ("run", "demo") or ("--resume", "auto") in pairwise(words) else " with --resume auto"
+        print(f"\n{stop}; give the same command{again} to go on", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -102,9 +125,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--traceback" in words:
             traceback.print_exc()
         kind = "" if isinstance(error, ValueError | OSError | ArithmeticError) else f"{type(error).__name__}: "
-        print(f"error: {kind}{error}", file=sys.stderr)
+        print(f"error: {kind}{_one_line(str(error))}", file=sys.stderr)
         return 1
     return 0
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+_SPLIT = ("--config", "--from", "--teacher", "--smoke", "--resume")
+
+
+def _plain(words: Sequence[str]) -> list[str]:
+    """--config=NAME and its like as two words, and a bare --smoke with its value."""
+    plain: list[str] = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        plain += [key, value] if equals and key in _SPLIT else [word]
+    for i in reversed([i for i, word in enumerate(plain) if word == "--smoke"]):
+        if plain[i + 1 : i + 2] not in (["true"], ["false"]):
+            plain.insert(i + 1, "true")
+    return plain
 
 
 def _with_recipes(words: list[str]) -> list[str]:
@@ -114,32 +156,40 @@ def _with_recipes(words: list[str]) -> list[str]:
         return words
     first: list[str] = ["--config", str(CONFIGS / "digits.yaml")] if words[0] == "demo" else []
     flags = ("--from", "--teacher")
-    for i, word in enumerate(words):
-        run = words[i + 1] if word in flags and i + 1 < len(words) else word.partition("=")[2]
-        if word.partition("=")[0] in flags and run:
+    for word, run in pairwise(words):
+        if word in flags:
             first = ["--config", str(stages.recipe_path(Path(run)))]
+    for word, path in pairwise(first + words):
+        if word == "--config" and Path(path).is_file():
+            check_sections(Path(path).read_text(), f"recipe {path}")
     return [words[0], *first, *words[1:]]
 
 
 def _known(name: str) -> str:
     path = Path(name)
-    if path.exists():
+    if path.is_file():
         return name
-    packaged = CONFIGS / path.name
-    if packaged.is_file() and path.parent in (Path(), Path("configs")):
+    packaged = CONFIGS / f"{path.stem}.yaml"
+    if packaged.is_file() and path.suffix in ("", ".yaml") and path.parent in (Path(), Path("configs")):
         return str(packaged)
     known = ", ".join(path.name for path in sorted(CONFIGS.glob("*.yaml")))
-    raise FileNotFoundError(f"--config {name} does not exist; give a file, or one of {known}")
+    raise FileNotFoundError(f"--config {name} is not a file; give a file, or one of {known}")
 
 
 def _execute(command: str, options: Namespace) -> None:
+    if command == "bench":
+        from fastsimclr.bench.command import run_bench
+
+        return run_bench(options)
     recipe = recipe_from(options)
-    start = options.get("start")
+    start = options.get("from") or options.get("teacher")
     out = Path(options.out or _default_out(command, start and start.rstrip("/")))
     if command in ("run", "demo"):
         runs = stages.run_seeds(recipe, out, options.seeds)
         print(f"\n{stages.summary(runs)}\nresults: {out}")
         return
+    if start is not None:
+        _check_model(recipe, Path(start))
     student = options.get("student")
     if student is not None:
         recipe = replace(recipe, distill=replace(recipe.distill, student=replace(recipe.distill.student, arch=student)))
@@ -147,6 +197,16 @@ def _execute(command: str, options: Namespace) -> None:
     for key, value in result["metrics"].items():
         print(f"{key}: {value:.4f}")
     print(f"result: {out / 'result.json'}")
+
+
+def _check_model(recipe: Recipe, start: Path) -> None:
+    made = asdict(parse_recipe(stages.recipe_path(start).read_text()).model)
+    for key, value in asdict(recipe.model).items():
+        if value != made[key]:
+            raise ValueError(
+                f"model.{key}={value!r} cannot change the network of {start}, made with {made[key]!r};"
+                " leave the option out, or pretrain with it"
+            )
 
 
 def _stage(command: str, recipe: Recipe, start: Path | None, out: Path, resume: bool) -> dict[str, Any]:

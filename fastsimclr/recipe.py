@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from argparse import ArgumentError
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, Literal
 
 import yaml
@@ -43,6 +44,8 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         _positive("pretrain", self, "epochs", "batch", "temperature", "probe_every_epochs")
+        if self.batch < 2:
+            raise ValueError(f"pretrain.batch={self.batch} leaves no negatives to contrast with; use at least 2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ class LinearConfig:
     labels: Labels = "subset"
     """Train on the few labels (subset; all if data names no subset) or on all training labels."""
     l2: float = 1e-3
-    """lbfgs: weight of the squared L2 norm of the classifier's kernel, on standardised features."""
+    """lbfgs: weight of the squared L2 norm of the classifier's kernel, on features of length sqrt(C)."""
     epochs: int = 90
     """sgd: passes over the labelled images."""
     batch: int | None = None
@@ -239,8 +242,35 @@ def dump_recipe(recipe: Recipe) -> str:
     return str(yaml.safe_dump(plain(asdict(recipe)), sort_keys=False))
 
 
+def check_sections(text: str, origin: str) -> None:
+    """ValueError where a recipe's text is no YAML mapping, or gives a plain value in the place of a section's keys.
+
+    origin: what the error calls the text, normally its file. jsonargparse passes over such values.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{origin} is not YAML: {error}") from error
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"{origin} is {type(values).__name__}, not a mapping; write key: value")
+
+    def check(section: object, values: dict[str, object], within: str) -> None:
+        for key, value in values.items():
+            inner = getattr(section, str(key), None)
+            if is_dataclass(inner) and not isinstance(value, dict):
+                raise ValueError(f"{origin}: {within}{key}={value!r} must be a section; write its keys below it")
+            if is_dataclass(inner) and isinstance(value, dict):
+                check(inner, value, f"{within}{key}.")
+
+    check(Recipe(), values or {}, "")
+
+
 def parse_recipe(text: str) -> Recipe:
     """The recipe in YAML text, other keys and wrong types refused with ValueError."""
+    check_sections(text, "the recipe")
     parser = ArgumentParser(exit_on_error=False)
     add_recipe_arguments(parser)
-    return recipe_from(parser.instantiate(parser.parse_string(text)))
+    try:
+        return recipe_from(parser.instantiate(parser.parse_string(text)))
+    except ArgumentError as error:
+        raise ValueError(f"the recipe is refused: {error}") from error

@@ -41,8 +41,9 @@ class RunLog:
     def __init__(self, run: Path, *, title: str, total_steps: int, from_step: int) -> None:
         self._path = run / "metrics.jsonl"
         kept = [record for record in read_records(self._path) if record["step"] <= from_step]
-        with self._path.open("w") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
+        temporary = self._path.with_name("metrics.jsonl.tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        temporary.replace(self._path)  # a crash here must not cost the earlier records
         self._file = self._path.open("a", buffering=1)
         self._board = _tensorboard(run, from_step)
         self._bar = tqdm(

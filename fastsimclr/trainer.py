@@ -108,8 +108,8 @@ class Trainer:
                 rate = job.schedule(self.step)
                 self._train_step(shipment, rate, meter)
                 self.step += 1
-                stop = flag.signum is not None or self.step == total
-                save = stop or self.step % config.checkpoint_every_steps == 0
+                signum = flag.signum  # read once: what comes later is for the next step
+                save = signum is not None or self.step == total or self.step % config.checkpoint_every_steps == 0
                 if save or self.step % config.log_every_steps == 0:
                     self.last = self._read(meter, rate)
                     log.record("train", self.step, self.last)
@@ -121,12 +121,12 @@ class Trainer:
                             log.record(hook.kind, self.step, values)
                             job.objective.train()
                     path = self._save() if save else None
-                if flag.signum is not None and self.step < total:
-                    raise Stopped(
-                        flag.signum,
-                        f"{job.stage}: stopped at step {self.step} of {total}, state saved in {path};"
-                        " give the same command with --resume auto to go on",
-                    )
+                if signum is not None:
+                    break
+            if flag.signum is not None:  # the state is saved: of this step, or of the last
+                raise Stopped(
+                    flag.signum, f"{job.stage}: stopped at step {self.step} of {total}, state saved in {path}"
+                )
         return self.last
 
     def _train_step(self, shipment: Shipment, rate: float, meter: _Meter) -> None:
@@ -144,9 +144,14 @@ class Trainer:
     def _read(self, meter: _Meter, rate: float) -> dict[str, float]:
         values = meter.read()
         self.trained_s += values.pop("elapsed_s")
-        if not math.isfinite(values["loss"]):
+        # The loss is from before the step's update: the update may break weights that a checkpoint would keep.
+        norms = torch._foreach_norm([parameter.detach() for parameter in self.job.objective.parameters()])
+        broken = {"loss": values["loss"], "norm of the weights": torch.stack(norms).norm().item()}
+        for name, value in broken.items():
+            if math.isfinite(value):
+                continue
             raise FloatingPointError(
-                f"{self.job.stage}: the loss became {values['loss']} by step {self.step} (learning rate {rate:.4g});"
+                f"{self.job.stage}: the {name} became {value} by step {self.step} (learning rate {rate:.4g});"
                 " no checkpoint of it was written. Lower the learning rate or lengthen the warm-up, then"
                 f" --resume auto from {checkpoint.folder(self.job.run)}"
             )
@@ -189,21 +194,28 @@ class Trainer:
     def _restore(self, path: Path) -> None:
         job = self.job
         state = checkpoint.load(path)
-        expected = {"stage": job.stage, "fingerprint": job.fingerprint, "total_steps": job.schedule.total_steps}
-        found = {key: state[key] for key in expected}
-        for key, value in {**expected, **job.facts}.items():
-            seen = {**found, **state["facts"]}.get(key)
-            if seen != value:
+        found = {key: state[key] for key in ("stage", "fingerprint", "total_steps")}
+        found |= {**state["facts"], "fp16_scaler": bool(state["scaler"])}
+        expected = {"stage": job.stage, "fingerprint": job.fingerprint, **job.facts}
+        # Last, because most of the others change it too.
+        expected |= {"fp16_scaler": self.scaler.is_enabled(), "total_steps": job.schedule.total_steps}
+        for key, value in expected.items():
+            if (seen := found.get(key)) != value:
                 raise checkpoint.CheckpointError(
                     f"checkpoint {path} was made with {key}={seen!r}, this run has {key}={value!r};"
                     " a resume continues the same run: give the same settings and data, or another --out"
                 )
         load_weights(job.objective, state["objective"], str(path))
+        own = [{key: value for key, value in group.items() if key != "params"} for group in job.optimizer.param_groups]
         job.optimizer.load_state_dict(state["optimizer"])
+        for group, settings in zip(job.optimizer.param_groups, own, strict=True):
+            group.update(settings)  # this run's, where they were changed
         self.scaler.load_state_dict(state["scaler"])
         set_rng_state(state["rng"], self.runtime.device)
         self.step, self.trained_s, self.last = state["step"], state["trained_s"], state["last"]
         logger.info("%s: resumed from %s at step %d", job.stage, path, self.step)
+        if changes := checkpoint.differences(state["recipe"], job.recipe):
+            logger.warning("%s: the recipe has changed since, in %s", job.stage, "; ".join(changes))
 
 
 class _Meter:

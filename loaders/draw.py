@@ -134,7 +134,7 @@ class ViewParams:
     factors: float32 [M, 4], brightness, contrast, saturation, hue (in turns).
     order: int32 [M, 4], a permutation of 0..3: which of the four factors comes first, second, third, fourth.
     sigma: float32 [M], of the Gaussian blur in output pixels, 0 for no blur.
-    extent: int32 array [M, 2], crop height and width once more, always on the host: shapes without a sync.
+    extent: int32 [M, 2], crop height and width once more, always on the CPU: shapes without a sync.
     ops: the ops that the policy may apply, of flip, jitter, grey, blur, solarise, rotate.
     """
 
@@ -148,7 +148,7 @@ class ViewParams:
     grey: Tensor
     sigma: Tensor
     solarise: Tensor
-    extent: npt.NDArray[np.int32]
+    extent: Tensor
     ops: frozenset[str]
 
     def __len__(self) -> int:
@@ -243,7 +243,7 @@ def draw(
         grey=torch.from_numpy(chance[:, 2] < policy.grey),
         sigma=torch.from_numpy(np.where(rest[:, 1] < policy.blur, sigma, 0).astype(np.float32)),
         solarise=torch.from_numpy(chance[:, 3] < policy.solarise),
-        extent=box[:, 2:],
+        extent=torch.from_numpy(box[:, 2:]),
         ops=policy.ops,
     )
 

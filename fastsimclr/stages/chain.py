@@ -16,6 +16,7 @@ from fastsimclr.stages.pretrain import pretrain
 from fastsimclr.stages.setting import Setting
 
 Results = dict[str, dict[str, Any]]
+STAGES = ("pretrain", "knn", "linear", "supervised", "finetune", "distill")
 
 
 def run_chain(recipe: Recipe, out: Path) -> Results:
@@ -26,7 +27,7 @@ def run_chain(recipe: Recipe, out: Path) -> Results:
     _claim(recipe, out)
     setting: Setting | None = None
     results: Results = {}
-    for stage in ("pretrain", "knn", "linear", "supervised", "finetune", "distill"):
+    for stage in STAGES:
         run = out / stage
         done = run / "result.json"
         if done.is_file():
@@ -69,11 +70,10 @@ def run_seeds(recipe: Recipe, out: Path, seeds: int) -> list[Results]:
 
 def _claim(recipe: Recipe, out: Path) -> None:
     path, text = out / "recipe.yaml", dump_recipe(recipe)
-    if path.is_file() and path.read_text() != text:
-        pairs = zip(path.read_text().splitlines(), text.splitlines(), strict=False)
-        before, now = next(((a, b) for a, b in pairs if a != b), ("", ""))
+    begun = any((out / stage / "recipe.yaml").is_file() for stage in STAGES)
+    if begun and path.is_file() and (changes := checkpoint.differences(path.read_text(), text)):
         raise FileExistsError(
-            f"{out} holds a run of another recipe ({before.strip()!r} there, {now.strip()!r} now);"
+            f"{out} holds a run of another recipe ({'; '.join(changes[:3])});"
             " give the same settings to go on, or another --out"
         )
     out.mkdir(parents=True, exist_ok=True)

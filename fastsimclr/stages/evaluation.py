@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastsimclr.evaluate import calibrate_bn, extract, knn, logistic_regression, raw_pixels
-from fastsimclr.models import Classifier, ClassifierNet, ProjectionHead, build_encoder
+from fastsimclr.models import Classifier, ClassifierNet, ModelConfig, ProjectionHead, build_encoder
 from fastsimclr.objectives import CrossEntropy
 from fastsimclr.stages.networks import load_encoder, load_network_facts
 from fastsimclr.stages.setting import Setting
@@ -73,7 +73,8 @@ def evaluate_knn(setting: Setting, source: Path, run: Path, resume: bool) -> dic
     metrics = measure(encoder)
     if config.baselines:
         torch.manual_seed(recipe.seed)
-        untrained = runtime.place(build_encoder(recipe.model, recipe.views.size))
+        facts = load_network_facts(source)
+        untrained = runtime.place(build_encoder(ModelConfig(**facts["model"]), facts["size"]))
         calibrate_bn(untrained, setting.passes(setting.first(labelled, _CALIBRATION_IMAGES)), policy, runtime)
         metrics["untrained_top1"] = measure(untrained)["top1"]
         metrics["raw_pixels_top1"] = measure(raw_pixels)["top1"]

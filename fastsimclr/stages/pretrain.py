@@ -11,6 +11,7 @@ import torch
 from fastsimclr.evaluate import extract, knn, logistic_regression
 from fastsimclr.models import SimCLRNet, build_simclr
 from fastsimclr.objectives import Contrastive
+from fastsimclr.runlog import logger
 from fastsimclr.stages.networks import network_facts
 from fastsimclr.stages.setting import Setting
 from fastsimclr.stages.training import train, write_result
@@ -25,7 +26,9 @@ def pretrain(setting: Setting, run: Path, resume: bool) -> dict[str, Any]:
     objective = Contrastive(network, temperature=config.temperature, scaling=config.scaling)
     source = setting.splits.unlabelled
     hooks = []
-    if config.probe_every_epochs is not None and len(setting.splits.train):
+    if config.probe_every_epochs is not None and not (len(setting.splits.train) and len(setting.splits.val)):
+        logger.warning("pretrain: no probes, %s has no labelled images for training and validation", source.name)
+    elif config.probe_every_epochs is not None:
         hooks.append(
             Probe(setting, network, every_steps=max(1, config.probe_every_epochs * len(source) // config.batch))
         )

@@ -75,7 +75,7 @@ def train(
         seed=setting.recipe.seed,
         fingerprint=source.fingerprint,
         recipe=dump_recipe(setting.recipe),
-        facts={**facts, "batch": batch, "seed": setting.recipe.seed},
+        facts={**facts, "batch": batch, "seed": setting.recipe.seed, "optimizer": optim.name},
         resume=resume,
         hooks=hooks,
     )
@@ -130,6 +130,8 @@ def write_evaluation(
     seconds: float,
 ) -> dict[str, Any]:
     """Write run/result.json of a stage that trains no network, and return it."""
+    if checkpoint.saved(run):
+        raise FileExistsError(f"run folder {run} holds the checkpoints of a training; give another --out")
     run.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(run / "recipe.yaml", dump_recipe(setting.recipe))
     implementations = {"loader": setting.loader_name(setting.splits.val), "views": "reference"}

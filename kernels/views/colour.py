@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -139,7 +138,7 @@ def grey(x_BCP: Tensor, chosen_B: Tensor) -> Tensor:
 @lru_cache
 def _band(size: int, radius: int, semantics: Semantics, device: torch.device) -> Tensor:
     """How often the kernel's value at distance d falls on entry (s, t) of the blur matrix, [radius + 1, S * S]."""
-    band = np.zeros((radius + 1, size, size), dtype=np.float32)
+    band = torch.zeros(radius + 1, size, size)
     for row in range(size):
         for step in range(-radius, radius + 1):
             column = row + step
@@ -147,7 +146,7 @@ def _band(size: int, radius: int, semantics: Semantics, device: torch.device) ->
                 column = abs(column) if column < size else 2 * (size - 1) - column
             if 0 <= column < size:
                 band[abs(step), row, column] += 1
-    return torch.from_numpy(band.reshape(radius + 1, size * size)).to(device)
+    return band.view(radius + 1, size * size).to(device)
 
 
 def blur_matrix(sigma_B: Tensor, size: int, radius: int, semantics: Semantics) -> Tensor:

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 Semantics = Literal["torchvision", "tensorflow"]
@@ -37,7 +35,7 @@ class Params(Protocol):
     source: int32 [M]. crop: int32 [M, 4], top, left, height, width. angle: float32 [M], radians counter-clockwise.
     flip, jitter, grey, solarise: bool [M]. factors: float32 [M, 4], brightness, contrast, saturation, hue in turns.
     order: int32 [M, 4], a permutation of the four. sigma: float32 [M], 0 for no blur.
-    extent: int32 [M, 2], crop height and width on the host, so that window shapes need no sync.
+    extent: int32 [M, 2] on the CPU, crop height and width once more, so that window shapes need no sync.
     ops: which of flip, jitter, grey, blur, solarise, rotate any row may ask for; the others are not computed.
     """
 
@@ -62,6 +60,6 @@ class Params(Protocol):
     @property
     def solarise(self) -> Tensor: ...
     @property
-    def extent(self) -> npt.NDArray[np.int32]: ...
+    def extent(self) -> Tensor: ...
     @property
     def ops(self) -> frozenset[str]: ...

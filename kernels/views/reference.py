@@ -54,7 +54,7 @@ def make_views(
     views = torch.empty((count, 3, size, size), dtype=dtype, device=device, memory_format=torch.channels_last)
     if count == 0:
         return views
-    tallest, widest = (int(side) for side in params.extent.max(axis=0))
+    tallest, widest = params.extent.amax(dim=0).tolist()
     budget = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ELSEWHERE)
     chunk = max(1, budget // (12 * max(tallest, size) * max(widest, size)))
     with full_precision(device):
@@ -76,7 +76,7 @@ def _cut(images: Images, params: Params, rows: slice, size: int, semantics: Sema
     top, left, height, width = params.crop[rows].long().unbind(1)
     pitch = 3 * images.widths.index_select(0, source).long()
     first = images.offsets.index_select(0, source) + top * pitch + 3 * left
-    tallest, widest = (int(side) for side in params.extent[rows].max(axis=0))
+    tallest, widest = params.extent[rows].amax(dim=0).tolist()
     windows, shift = gather_windows(images.buffer, first, pitch, height, (tallest, widest))
     grid = torch.arange(size, device=top.device).expand(len(source), size)
     flip = params.flip[rows]

@@ -158,7 +158,7 @@ def test_windows_at_every_edge_and_gap(gap: int) -> None:
         whole = torch.cat([torch.zeros_like(sizes), sizes], 1)
         last = torch.cat([sizes - 1, torch.ones_like(sizes)], 1)
         crop = torch.cat([whole, last])
-        check(images, drawn(policy, sizes, 2, crop=crop, extent=crop[:, 2:].numpy()), policy)
+        check(images, drawn(policy, sizes, 2, crop=crop, extent=crop[:, 2:]), policy)
         for row in range(n):
             alone = drawn(policy, sizes, 2)
             part = dataclasses.replace(

@@ -102,7 +102,7 @@ def test_crop_and_bicubic(oracle: dict[str, np.ndarray], key: str, box: tuple[in
     params = one_view(images, policy)
     if box is not None:
         crop = torch.tensor([box], dtype=torch.int32)
-        params = dataclasses.replace(params, crop=crop, extent=crop[:, 2:].numpy())
+        params = dataclasses.replace(params, crop=crop, extent=crop[:, 2:])
     top, left, height, width = params.crop[0].tolist()
     window = images.image(0)[top : top + height, left : left + width].reshape(1, height, 3 * width)
     grid = torch.arange(size)[None]
@@ -149,7 +149,7 @@ def test_the_chain_is_its_ops_in_order_with_a_clip_after_each(oracle: dict[str, 
     policy = Policy(size=32, semantics="tensorflow", brightness="add", flip=0.0, jitter=1.0, grey=0.0, blur=1.0)
     crop = torch.tensor([[7, 11, 60, 90]], dtype=torch.int32)
     factors, order = torch.tensor([[-0.3, 1.7, 1.4, 0.13]]), torch.tensor([[1, 0, 2, 3]], dtype=torch.int32)
-    params = one_view(images, policy, crop=crop, extent=crop[:, 2:].numpy(), factors=factors, order=order,
+    params = one_view(images, policy, crop=crop, extent=crop[:, 2:], factors=factors, order=order,
                       sigma=torch.tensor([0.8]))  # fmt: skip
     x = oracle["image/crop_7_11_60_90/bicubic_32"].astype(np.float64)
     mean = x.mean((0, 1))
@@ -178,7 +178,7 @@ def test_a_view_without_jitter_is_not_clipped_before_grey(oracle: dict[str, np.n
     policy = Policy(size=32, semantics="tensorflow", flip=0.0, jitter=0.5, grey=0.5, blur=0.0)
     crop = torch.tensor([[7, 11, 60, 90]], dtype=torch.int32)
     no, yes = torch.tensor([False]), torch.tensor([True])
-    params = one_view(images, policy, crop=crop, extent=crop[:, 2:].numpy(), jitter=no, grey=yes)
+    params = one_view(images, policy, crop=crop, extent=crop[:, 2:], jitter=no, grey=yes)
     x = oracle["image/crop_7_11_60_90/bicubic_32"]
     expected = np.clip(x @ np.array([0.2989, 0.587, 0.114]), 0, 1)
     assert np.abs(expected - np.clip(x, 0, 1) @ np.array([0.2989, 0.587, 0.114])).max() > 1e-4

@@ -1,0 +1,211 @@
+"""The other side of a bench: lightly's SimCLR as its documentation trains it, or plain torch where it is missing."""
+
+# N images, M = 2N views, C channels, D dimension of the projections, S side
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.transforms import v2
+
+from fastsimclr.bench.ours import HEAD_DIM, LR, MOMENTUM, TEMPERATURE, WEIGHT_DECAY, policy_for
+from fastsimclr.bench.record import LAST, Contestant, Round, Stopwatch
+from fastsimclr.kernels.nt_xent import nt_xent
+from fastsimclr.models import SimCLRNet, count_parameters
+from fastsimclr.runtime import Runtime
+
+Pair = tuple[Tensor, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+MISSING = 'lightly is not installed, the baseline is plain torch; pip install "fastsimclr[bench]"'
+
+
+def title() -> str:
+    """Whose baseline runs here."""
+    return "lightly" if find_spec("lightly") else "plain torch"
+
+
+def notes() -> list[str]:
+    """What a reader must know of the baseline."""
+    return [] if find_spec("lightly") else [MISSING]
+
+
+def _lightly(module: str, name: str) -> Any:
+    with warnings.catch_warnings(action="ignore"):  # what lightly's imports warn of is not ours to mend
+        return getattr(import_module(f"lightly.{module}"), name)
+
+
+class Net(nn.Module):
+    """torchvision's ResNet (CIFAR stem up to 32 px) with SimCLR's head: views [N, 3, S, S] -> z [N, D]."""
+
+    def __init__(self, arch: str, size: int) -> None:
+        super().__init__()
+        self.encoder = getattr(models, arch)(zero_init_residual=True)
+        if size <= 32:
+            self.encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            self.encoder.maxpool = nn.Identity()
+        channels = self.encoder.fc.in_features
+        self.encoder.fc = nn.Identity()
+        self.head = _head(channels)
+
+    def forward(self, views: Tensor) -> Tensor:
+        """Projections, not normalised."""
+        projections: Tensor = self.head(self.encoder(views))
+        return projections
+
+
+def _head(channels: int) -> nn.Module:
+    if find_spec("lightly"):
+        head: nn.Module = _lightly("models.modules", "SimCLRProjectionHead")(channels, channels, HEAD_DIM)
+        return head
+    first = (nn.Linear(channels, channels, bias=False), nn.BatchNorm1d(channels), nn.ReLU())
+    return nn.Sequential(*first, nn.Linear(channels, HEAD_DIM, bias=False), nn.BatchNorm1d(HEAD_DIM))
+
+
+def loss_function() -> Loss:
+    """NT-Xent of two sets of projections [N, D]: lightly's, or cross-entropy over the whole matrix."""
+    if find_spec("lightly"):
+        loss: Loss = _lightly("loss", "NTXentLoss")(temperature=TEMPERATURE)
+        return loss
+
+    def plain(z0: Tensor, z1: Tensor) -> Tensor:
+        z = F.normalize(torch.cat((z0, z1)), dim=1)
+        logits = (z @ z.T / TEMPERATURE).float().fill_diagonal_(float("-inf"))
+        return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z0)))
+
+    return plain
+
+
+def _optimizer(net: nn.Module) -> torch.optim.Optimizer:
+    if find_spec("lightly"):
+        parameters = list(net.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+        ]
+        lars: torch.optim.Optimizer = _lightly("utils.lars", "LARS")(groups, lr=LR, momentum=MOMENTUM)
+        return lars
+    return torch.optim.SGD(net.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+
+def transform(size: int) -> Callable[[Any], Any]:
+    """PIL image -> two views float [3, S, S], with the settings of our policy of that size."""
+    policy = policy_for(size)
+    if find_spec("lightly"):
+        views: Callable[[Any], Any] = _lightly("transforms", "SimCLRTransform")(
+            input_size=size, cj_strength=policy.strength, gaussian_blur=policy.blur
+        )
+        return views
+    s = policy.strength
+    stages: list[Any] = [
+        v2.RandomResizedCrop(size),
+        v2.RandomHorizontalFlip(),
+        v2.RandomApply([v2.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)], p=policy.jitter),
+        v2.RandomGrayscale(policy.grey),
+    ]
+    if policy.blur:
+        stages.append(v2.RandomApply([v2.GaussianBlur(size // 10 // 2 * 2 + 1, policy.sigma)], p=policy.blur))
+    stages += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+    one = v2.Compose([*stages, v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    return TwoViews(one)
+
+
+class TwoViews:
+    """Applies one random transform twice. A class, so that worker processes of any start method can have it."""
+
+    def __init__(self, one: Callable[[Any], Any]) -> None:
+        self._one = one
+
+    def __call__(self, image: Any) -> list[Any]:
+        return [self._one(image), self._one(image)]
+
+
+def trained(
+    name: str,
+    runtime: Runtime,
+    batches: Callable[[], Iterable[Pair]],
+    *,
+    arch: str,
+    size: int,
+    batch: int,
+    seed: int,
+    facts: dict[str, Any],
+) -> Contestant:
+    """A contestant whose round is one pass over batches(), pairs of views [N, 3, S, S], in lightly's usual loop."""
+    torch.manual_seed(seed)
+    net = runtime.place(Net(arch, size)).train()
+    criterion = loss_function()
+    optimizer = _optimizer(net)
+    watch = Stopwatch(runtime.device)
+
+    def place(views: Tensor) -> Tensor:
+        views = views.to(runtime.device, non_blocking=True)
+        return views.contiguous(memory_format=torch.channels_last) if runtime.channels_last else views
+
+    def run() -> Round:
+        losses = []
+        watch.start()
+        for view0, view1 in batches():
+            watch.mark("wait")
+            x0, x1 = place(view0), place(view1)
+            watch.mark("views")
+            with runtime.autocast():
+                z0, z1 = net(x0), net(x1)
+                watch.mark("forward")
+                loss = criterion(z0, z1)
+            watch.mark("loss")
+            loss.backward()  # type: ignore[no-untyped-call]
+            watch.mark("backward")
+            optimizer.step()
+            watch.mark("optimizer")
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+            watch.mark(LAST)
+        return watch.round(batch, losses)
+
+    known = {
+        "precision": runtime.precision,
+        "channels_last": runtime.channels_last,
+        "parameters": count_parameters(net),
+        "optimizer": "LARS (lightly)" if find_spec("lightly") else "SGD",
+    }
+    return Contestant(name=name, ours=False, views=2, run=run, facts=known | facts)
+
+
+def same_work(ours: SimCLRNet, size: int, arch: str) -> dict[str, Any]:
+    """Both networks and losses on the same weights and views, in float32 on the CPU: what a comparison rests on.
+
+    Raises ArithmeticError where kernels differ in shape, or projections or losses by over 1e-3 of their size
+    (float32 sums in another order, through all layers).
+    """
+    theirs = Net(arch, size).train()
+    ours = ours.train()
+    kernels = [sorted(tuple(p.shape) for p in net.parameters() if p.ndim > 1) for net in (ours, theirs)]
+    if kernels[0] != kernels[1]:
+        raise ArithmeticError("the baseline's kernels have other shapes than ours: it does not do the same work")
+    theirs.encoder.load_state_dict(ours.encoder.state_dict())
+    mine, others = list(ours.head.parameters()), list(theirs.head.parameters())
+    with torch.no_grad():
+        # Theirs has one parameter more, the shift of the last BN, which starts at 0 and stays last in the list.
+        for target, value in zip(others, mine, strict=False):
+            target.copy_(value)
+        generator = torch.Generator().manual_seed(0)
+        views = torch.randn((16, 3, size, size), generator=generator)
+        z_ours, z_theirs = ours(views)[1].float(), theirs(views).float()
+        losses = float(nt_xent(z_ours, TEMPERATURE).loss), float(loss_function()(*z_theirs.chunk(2)))
+    far = float((z_ours - z_theirs).norm() / z_theirs.norm())
+    if far > 1e-3 or abs(losses[0] - losses[1]) > 1e-3 * losses[1]:
+        raise ArithmeticError(f"same weights and views, but projections differ by {far:.2g}, losses are {losses}")
+    return {
+        "kernels of equal shape": len(kernels[0]),
+        "parameters, ours and baseline (it has a shift in the last BN)": [count_parameters(n) for n in (ours, theirs)],
+        "same weights and views: relative difference of projections": far,
+        "same weights and views: losses": list(losses),
+    }

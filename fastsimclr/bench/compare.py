@@ -1,0 +1,66 @@
+"""Two reports of one bench, row by row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastsimclr.bench.record import FORMAT, aligned
+
+_FREE = (
+    "config.json",
+    "config.root",
+    "config.device",
+)  # may differ: where things lie, and how the device was asked for
+
+
+def compare(first: Path, second: Path) -> str:
+    """images/s of `second` over `first` for each variant in both, and what differs between the two.
+
+    ValueError for a file that is no report, or two of other benches, devices or settings: the keys are named.
+    """
+    a, b = _read(first), _read(second)
+    differing = [
+        f"{key} ({mine!r} and {other!r})" for key, mine, other in _keys(a, b) if mine != other and key not in _FREE
+    ]
+    if differing:
+        raise ValueError(
+            f"{first} and {second} cannot be compared, they differ in {', '.join(differing)}; measure alike"
+        )
+    rows = [("variant", "images/s, first", "second", "second / first")]
+    others = {row["name"]: row for row in b["rows"]}
+    names = [row["name"] for row in a["rows"]]
+    for row in a["rows"]:
+        if row["name"] in others:
+            x, y = row["images_per_s"], others[row["name"]]["images_per_s"]
+            apart = x["max"] < y["min"] or y["max"] < x["min"]
+            verdict = "" if apart else " (ranges overlap)"
+            ratio = f"{y['median'] / x['median']:.3f}{verdict}"
+            rows.append((row["name"], f"{x['median']:,.1f}", f"{y['median']:,.1f}", ratio))
+    only = [f"only in one: {name}" for name in sorted(set(names) ^ set(others))]
+    facts = sorted(a["environment"].keys() | b["environment"].keys())
+    changed = [
+        f"{key}: {a['environment'].get(key)} and {b['environment'].get(key)}"
+        for key in facts
+        if a["environment"].get(key) != b["environment"].get(key)
+    ]
+    return "\n".join([f"bench {a['bench']} on {a['environment']['device']}", *aligned(rows), *only, *changed])
+
+
+def _keys(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    found = [("bench", a["bench"], b["bench"])]
+    found += [(key, a["environment"].get(key), b["environment"].get(key)) for key in ("device", "threads")]
+    found.append(("checks.images", a["checks"].get("images"), b["checks"].get("images")))
+    settings = sorted(a["config"].keys() | b["config"].keys())
+    return found + [(f"config.{key}", a["config"].get(key), b["config"].get(key)) for key in settings]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError(f"{path} is not JSON; give a file that fastsimclr bench wrote with --json") from None
+    if not isinstance(result, dict) or result.get("format") != FORMAT or "rows" not in result:
+        raise ValueError(f"{path} is no bench report of format {FORMAT}; give a file that bench wrote with --json")
+    return result

@@ -1,0 +1,275 @@
+"""What a bench measures and how it is told: rounds in turn, a table, and a JSON file with every raw time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastsimclr import checkpoint
+from fastsimclr.runtime import Runtime, environment
+
+LOG = logging.getLogger("fastsimclr")
+FORMAT = 1
+LAST = "rest"  # the phase that ends a step
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One turn of one contestant. seconds: from a standing start to the end of the last step, waits included.
+
+    step_s: seconds of each step. phase_s: seconds of each phase, summed over the steps.
+    loss: mean over the steps. first_loss: that of the first step.
+    """
+
+    images: int
+    seconds: float
+    step_s: list[float]
+    phase_s: dict[str, float]
+    loss: float | None = None
+    first_loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """One variant under measurement. `run` does one round; views: how many views of an image it makes.
+
+    facts: what a reader must know of it: precision, layout, parameters, time of set-up.
+    """
+
+    name: str
+    ours: bool
+    views: int
+    run: Callable[[], Round]
+    facts: dict[str, Any]
+
+
+class Stopwatch:
+    """Marks moments on a device without waiting for it: CUDA events there, the clock on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.start()
+
+    def start(self) -> None:
+        """Forget all marks; time runs from here."""
+        self._phases: list[str] = []
+        self._moments = [self._now()]
+
+    def mark(self, phase: str) -> None:
+        """`phase` ends here. LAST ends a step."""
+        self._phases.append(phase)
+        self._moments.append(self._now())
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def round(self, batch: int, losses: Sequence[torch.Tensor] = ()) -> Round:
+        """The marks since start as a round of steps of `batch` images and these losses. Waits for the device."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        step_s: list[float] = []
+        phase_s = dict.fromkeys(self._phases, 0.0)
+        current = 0.0
+        for phase, a, b in zip(self._phases, self._moments, self._moments[1:], strict=False):
+            lap = b - a if self._device.type != "cuda" else a.elapsed_time(b) / 1e3
+            phase_s[phase] += lap
+            current += lap
+            if phase == LAST:
+                step_s.append(current)
+                current = 0.0
+        done = Round(images=batch * len(step_s), seconds=sum(step_s), step_s=step_s, phase_s=phase_s)
+        if not losses:
+            return done
+        values = torch.stack(list(losses)).tolist()
+        return replace(done, loss=statistics.mean(values), first_loss=values[0])
+
+
+def measure(contestants: Sequence[Contestant], rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """One row a contestant. All take turns, round by round; the first round is warm-up, reported and not counted."""
+    turns: list[list[Round]] = [[] for _ in contestants]
+    peaks = [0] * len(contestants)
+    for turn in range(rounds + 1):
+        for index, contestant in enumerate(contestants):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            done = contestant.run()
+            turns[index].append(done)
+            if device.type == "cuda":
+                peaks[index] = max(peaks[index], torch.cuda.max_memory_allocated(device))
+            what = f"round {turn} of {rounds}" if turn else "warm-up"
+            LOG.info("%s: %s: %.1f images/s", what, contestant.name, done.images / done.seconds)
+    return [_row(c, done, peak) for c, done, peak in zip(contestants, turns, peaks, strict=True)]
+
+
+def _row(contestant: Contestant, turns: list[Round], peak: int) -> dict[str, Any]:
+    warmup, *counted = turns
+    rates = [turn.images / turn.seconds for turn in counted]
+    steps = [step for turn in counted for step in turn.step_s]
+    seconds = sum(turn.seconds for turn in counted)
+    phases = {key: 1e3 * sum(turn.phase_s[key] for turn in counted) / len(steps) for key in warmup.phase_s}
+    losses = [turn.loss for turn in counted if turn.loss is not None]
+    return {
+        "name": contestant.name,
+        "ours": contestant.ours,
+        "views_per_image": contestant.views,
+        "images_per_s": _spread(rates),
+        "views_per_s": _spread([contestant.views * rate for rate in rates]) if contestant.views else None,
+        "step_ms": {"p50": 1e3 * float(np.percentile(steps, 50)), "p90": 1e3 * float(np.percentile(steps, 90))},
+        "phase_ms": phases,
+        "data_wait_pct": 100 * sum(turn.phase_s.get("wait", 0.0) for turn in counted) / seconds,
+        "peak_memory_mib": peak / 2**20 or None,
+        "loss": statistics.mean(losses) if losses else None,
+        "facts": contestant.facts,
+        "warmup": asdict(warmup),
+        "rounds": [asdict(turn) for turn in counted],
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """images/s of each of ours over each baseline of as many views, round by round: median and range."""
+    found = []
+    for ours in (row for row in rows if row["ours"]):
+        alike = (row for row in rows if not row["ours"] and row["views_per_image"] == ours["views_per_image"])
+        for other in alike:
+            pairs = zip(ours["rounds"], other["rounds"], strict=True)
+            values = [a["images"] / a["seconds"] * b["seconds"] / b["images"] for a, b in pairs]
+            found.append({"ours": ours["name"], "baseline": other["name"], **_spread(values)})
+    return found
+
+
+def report(
+    bench: str,
+    config: dict[str, Any],
+    runtime: Runtime,
+    rows: list[dict[str, Any]],
+    *,
+    checks: dict[str, Any],
+    notes: Sequence[str] = (),
+) -> Report:
+    """Rows and their ratios with all that a reader needs to repeat or doubt them. No ratios where losses are off."""
+    facts = environment(runtime)
+    for key in ("precision", "channels_last"):  # each row has its own
+        facts.pop(key)
+    alike, verdict = _losses_alike(rows)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "bench": bench,
+        "format": FORMAT,
+        "kind": runtime.device.type,
+        "environment": facts | {"platform": platform.platform(), "versions": _versions()},
+        "config": config,
+        "seed": config["seed"],
+        "checks": checks | {"losses": verdict},
+        "notes": list(notes),
+        "rows": rows,
+        "ratios": ratios(rows) if alike else [],
+        "process_peak_mib": round(peak / 2**20, 1),
+    }
+
+
+def _losses_alike(rows: Sequence[dict[str, Any]]) -> tuple[bool, str]:
+    """Whether all losses are finite and the very first ones within a fifth of their median: the same task."""
+    first = [row["warmup"]["first_loss"] for row in rows if row["loss"] is not None]
+    if not first:
+        return True, "nothing is trained"
+    middle = statistics.median(first)
+    alike = all(abs(loss - middle) <= 0.2 * middle for loss in first)
+    finite = all(math.isfinite(row["loss"]) for row in rows)
+    verdict = (
+        "all finite, comparable" if alike and finite else "FAILED, not finite or not comparable; no ratio is given"
+    )
+    return alike and finite, f"{verdict}; first steps {', '.join(f'{loss:.3f}' for loss in first)}"
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in ("torchvision", "triton", "lightly", "pillow", "simplejpeg"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def write(path: Path, result: Report) -> None:
+    """The report as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(path, json.dumps(result, indent=1) + "\n")
+
+
+def table(result: Report) -> str:
+    """The report for people: one line a variant, then phases, ratios, checks and notes."""
+    facts = result["environment"]
+    label = "GPU" if result["kind"] == "cuda" else "CPU figures, which say nothing of a GPU"
+    head = ("variant", "images/s", "(range)", "views/s", "step p50 ms", "p90 ms", "data wait %", "peak MiB")
+    lines = [head]
+    for row in result["rows"]:
+        rate, views, peak = row["images_per_s"], row["views_per_s"], row["peak_memory_mib"]
+        lines.append(
+            (
+                row["name"],
+                f"{rate['median']:,.1f}",
+                f"({rate['min']:,.1f}-{rate['max']:,.1f})",
+                f"{views['median']:,.1f}" if views else "-",
+                f"{row['step_ms']['p50']:,.1f}",
+                f"{row['step_ms']['p90']:,.1f}",
+                f"{row['data_wait_pct']:.1f}",
+                f"{peak:,.0f}" if peak else "-",
+            )
+        )
+    rounds, seed = len(result["rows"][0]["rounds"]), result["seed"]
+    phases = [
+        f"  {row['name']}: " + ", ".join(f"{key} {ms:.1f}" for key, ms in row["phase_ms"].items())
+        for row in result["rows"]
+        if len(row["phase_ms"]) > 2
+    ]
+    return "\n".join(
+        [
+            f"bench {result['bench']} on {facts['device']} ({label})",
+            f"torch {facts['torch']}, commit {facts['commit']}, seed {seed}, {rounds} rounds in turn after a warm-up",
+            "",
+            *aligned(lines),
+            *(["", "ms a step by phase", *phases] if phases else []),
+            *(["", "images/s, ours / baseline: median (range) over the rounds"] if result["ratios"] else []),
+            *(
+                f"  {r['ours']} / {r['baseline']}: {r['median']:.2f} ({r['min']:.2f}-{r['max']:.2f})"
+                for r in result["ratios"]
+            ),
+            "",
+            *(f"check: {key}: {f'{v:.3g}' if isinstance(v, float) else v}" for key, v in result["checks"].items()),
+            *(f"note: {note}" for note in result["notes"]),
+            f"note: peak memory of the process, all variants together: {result['process_peak_mib']:,.0f} MiB",
+        ]
+    )
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows as lines of text, the first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        row[0].ljust(widths[0]) + "".join("  " + cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]

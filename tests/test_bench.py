@@ -1,0 +1,248 @@
+"""The benches at smoke size: what they report, what they check, and when they refuse."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from fastsimclr.bench import baseline, gpu_check, ours
+from fastsimclr.bench.compare import compare
+from fastsimclr.bench.configs import E2eBench, LoaderBench, StepBench
+from fastsimclr.bench.e2e import bench_e2e
+from fastsimclr.bench.files import open_files
+from fastsimclr.bench.loader import bench_loader
+from fastsimclr.bench.record import LAST, Contestant, Round, Stopwatch, measure, report, table, write
+from fastsimclr.cli import main
+from fastsimclr.loaders import DataError
+from fastsimclr.runtime import choose_runtime
+
+CPU = torch.device("cpu")
+PHASES = ["wait", "views", "forward", "loss", "backward", "optimizer", LAST]
+
+
+@pytest.fixture
+def without_lightly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baseline, "find_spec", lambda name: None)
+
+
+def check_report(result: dict[str, Any], bench: str) -> None:
+    """The keys that a reader and `compare` count on, and times that add up."""
+    assert result["bench"] == bench and result["kind"] == "cpu" and result["seed"] == 0
+    assert {"device", "torch", "commit", "threads", "versions"} <= result["environment"].keys()
+    assert result["config"]["smoke"] is True and result["checks"]
+    for row in result["rows"]:
+        (only,) = row["rounds"]
+        assert only["seconds"] == pytest.approx(sum(only["step_s"]))
+        assert sum(only["phase_s"].values()) == pytest.approx(only["seconds"])
+        assert only["images"] == 16 and len(only["step_s"]) == 2 and len(row["warmup"]["step_s"]) == 2
+        rate = row["images_per_s"]["median"]
+        assert rate == pytest.approx(16 / only["seconds"])
+        if row["views_per_s"]:
+            assert row["views_per_s"]["median"] == pytest.approx(2 * rate)
+    assert {r["ours"] for r in result["ratios"]} <= {row["name"] for row in result["rows"] if row["ours"]}
+    assert result["ratios"]
+
+
+def test_step_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], without_lightly: None) -> None:
+    path = tmp_path / "reports" / "step.json"
+    assert main(["bench", "step", "--smoke", "--device", "cpu", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    check_report(result, "step")
+    assert [row["name"] for row in result["rows"]] == [
+        "ours fp32",
+        "ours bf16",
+        "plain torch fp32 contiguous (default)",
+        "plain torch bf16 channels-last (best)",
+    ]
+    for row in result["rows"]:
+        assert sorted(row["phase_ms"]) == sorted(PHASES)
+        # At the start the positives are no nearer than the rest of the 16 views: about log(15).
+        assert row["warmup"]["first_loss"] == pytest.approx(math.log(15), abs=0.4)
+    printed = capsys.readouterr().out
+    assert "CPU figures" in printed and "images/s" in printed and "views/s" in printed
+    assert 'pip install "fastsimclr[bench]"' in printed
+    assert baseline.MISSING in result["notes"]
+
+
+def test_e2e_beside_the_baseline_that_is_there() -> None:
+    result = bench_e2e(E2eBench(device="cpu", smoke=True))
+    check_report(result, "e2e")
+    name = "lightly" if find_spec("lightly") else "plain torch"
+    theirs = [row for row in result["rows"] if not row["ours"]]
+    assert [row["name"].startswith(name) for row in theirs] == [True, True]
+    assert [row["facts"]["precision"] for row in theirs] == ["fp32", "bf16"]
+    # The shift of the last BN, one number for each output of the head, is all that theirs has more.
+    ((mine, other),) = (v for k, v in result["checks"].items() if k.startswith("parameters"))
+    assert other - mine == ours.HEAD_DIM
+    assert "comparable" in result["checks"]["losses"]
+
+
+def test_loader_on_real_files(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for index in range(20):
+        pixels = np.kron(generator.integers(0, 256, (4, 5, 3), dtype=np.uint8), np.ones((8, 8, 1), dtype=np.uint8))
+        Image.fromarray(pixels).save(tmp_path / f"{index}.jpg")
+    result = bench_loader(LoaderBench(device="cpu", smoke=True, root=str(tmp_path)))
+    check_report(result, "loader")
+    assert {row["name"]: row["views_per_image"] for row in result["rows"]} == {
+        "ours native, decode only": 0,
+        "ours native, decode + 2 crops": 2,
+        "ours resident, 2 crops": 2,
+        "DataLoader, PIL (default), 2 crops": 2,
+        "DataLoader, our decoder, tensors (best), 2 crops": 2,
+    }
+    assert "ours native, decode only" not in {r["ours"] for r in result["ratios"]}  # less work has no ratio
+    assert "16 files" in result["checks"]["images"]
+
+
+def test_files_are_spread_and_too_few_are_refused(tmp_path: Path) -> None:
+    source, _ = open_files(None, 10, 8, 0, tmp_path)
+    some, _ = open_files(str(tmp_path / "images"), 4, 8, 0, tmp_path)
+    assert [Path(some.describe(i)).name for i in range(4)] == [f"{k:06d}.jpg" for k in (0, 3, 6, 9)]
+    assert len(source) == 10
+    with pytest.raises(DataError, match="has 10 training images, images=11"):
+        open_files(str(tmp_path / "images"), 11, 8, 0, tmp_path)
+
+
+def entry(name: str, is_ours: bool, seconds: list[float], loss: float, order: list[str]) -> Contestant:
+    turns = iter(seconds)
+
+    def run() -> Round:
+        order.append(name)
+        taken = next(turns)
+        return Round(
+            images=10, seconds=taken, step_s=[taken / 2] * 2, phase_s={LAST: taken}, loss=loss, first_loss=loss
+        )
+
+    return Contestant(name=name, ours=is_ours, views=2, run=run, facts={})
+
+
+def fake(a_s: list[float], b_s: list[float], losses: tuple[float, float] = (2.0, 2.1)) -> dict[str, Any]:
+    order: list[str] = []
+    rows = measure([entry("a", True, a_s, losses[0], order), entry("b", False, b_s, losses[1], order)], 2, CPU)
+    assert order == ["a", "b"] * 3
+    return report("step", {"seed": 3, "batch": 5}, choose_runtime("cpu", "fp32", False), rows, checks={})
+
+
+def test_rounds_take_turns_and_warm_up_is_left_out() -> None:
+    result = fake([9.0, 1.0, 2.0], [8.0, 4.0, 4.0])
+    a, b = result["rows"]
+    assert a["images_per_s"] == {"median": 7.5, "min": 5.0, "max": 10.0}
+    assert a["warmup"]["seconds"] == 9.0 and a["step_ms"]["p50"] == 750.0
+    assert b["images_per_s"]["median"] == 2.5
+    (ratio,) = result["ratios"]
+    assert (ratio["min"], ratio["median"], ratio["max"]) == (2.0, 3.0, 4.0)
+
+
+@pytest.mark.parametrize("losses", [(2.0, float("nan")), (2.0, 4.0)])
+def test_no_ratio_where_losses_are_not_comparable(losses: tuple[float, float]) -> None:
+    result = fake([1.0] * 3, [1.0] * 3, losses)
+    assert result["ratios"] == [] and "FAILED" in result["checks"]["losses"]
+    assert "FAILED" in table(result)
+
+
+def test_stopwatch_splits_steps_into_phases() -> None:
+    watch = Stopwatch(CPU)
+    for moment in (1.0, 1.5, 4.0, 4.25):
+        watch._moments.append(moment)
+    watch._moments[0] = 0.0
+    watch._phases = ["forward", LAST, "forward", LAST]
+    done = watch.round(batch=3)
+    assert (done.images, done.seconds, done.step_s) == (6, 4.25, [1.5, 2.75])
+    assert done.phase_s == {"forward": 3.5, LAST: 0.75}
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slow, fast = tmp_path / "slow.json", tmp_path / "fast.json"
+    write(slow, fake([9.0, 2.0, 2.0], [8.0, 4.0, 4.0]))
+    write(fast, fake([9.0, 1.0, 1.0], [8.0, 4.0, 4.0]))
+    assert main(["bench", "compare", str(slow), str(fast)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split() == ["a", "5.0", "10.0", "2.000"]
+    assert lines[3].split() == ["b", "2.5", "2.5", "1.000", "(ranges", "overlap)"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"bench": "e2e"}, "bench"),
+        ({"config": {"seed": 3, "batch": 6}}, r"config.batch \(5 and 6\)"),
+        ({"environment": {"device": "another", "threads": 1}}, "device"),
+        ({"format": 0}, "no bench report"),
+    ],
+)
+def test_compare_refuses_what_was_not_measured_alike(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    one, other = tmp_path / "one.json", tmp_path / "other.json"
+    write(one, fake([1.0] * 3, [1.0] * 3))
+    write(other, fake([1.0] * 3, [1.0] * 3) | change)
+    with pytest.raises(ValueError, match=named):
+        compare(one, other)
+
+
+def test_same_work_refuses_another_network(monkeypatch: pytest.MonkeyPatch, without_lightly: None) -> None:
+    baseline.same_work(ours.network("resnet18", 16, 0), 16, "resnet18")
+    with pytest.raises(ArithmeticError, match="other shapes"):
+        baseline.same_work(ours.network("resnet34", 16, 0), 16, "resnet18")
+    init = baseline.Net.__init__
+
+    def pooled(net: Any, arch: str, size: int) -> None:
+        init(net, arch, size)
+        net.encoder.avgpool = nn.AdaptiveMaxPool2d(1)
+
+    monkeypatch.setattr(baseline.Net, "__init__", pooled)
+    with pytest.raises(ArithmeticError, match="same weights and views"):
+        baseline.same_work(ours.network("resnet18", 16, 0), 16, "resnet18")
+
+
+def test_plain_baseline_loss_is_algorithm_1(without_lightly: None) -> None:
+    z = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    unit = z / z.norm(dim=1, keepdim=True)
+    total = 0.0
+    for i in range(6):
+        similar = [math.exp(float(unit[i] @ unit[k]) / ours.TEMPERATURE) for k in range(6)]
+        total -= math.log(similar[(i + 3) % 6] / (sum(similar) - similar[i])) / 6
+    assert float(baseline.loss_function()(z[:3], z[3:])) == pytest.approx(total, rel=1e-6)
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match="rounds=0 must be 1 or more"):
+        StepBench(rounds=0)
+    with pytest.raises(ValueError, match="images=64 is fewer than batch=128; raise --images"):
+        E2eBench(images=64)
+
+
+def test_gpu_check_without_a_gpu_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main(["--out", str(tmp_path / "out")]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpu_check_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None if name == "simplejpeg" else object())
+    assert gpu_check.main([]) == 2
+    assert "missing simplejpeg" in capsys.readouterr().err
+
+
+def test_gpu_check_and_benches_need_no_command_line_library() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('jsonargparse', 'lightly')))\n"
+        "import fastsimclr.bench.gpu_check, fastsimclr.bench.e2e, fastsimclr.bench.step, fastsimclr.bench.loader\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=gpu_check.ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
