@@ -83,8 +83,17 @@ def test_a_crash_while_writing_leaves_the_earlier_ones(tmp_path: Path, monkeypat
 def test_data_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (events.append("fsync"), fsync(handle)))
-    monkeypatch.setattr(Path, "replace", lambda self, to: (events.append("rename"), replace(self, to))[1])
+
+    def noting_fsync(handle: int) -> None:
+        events.append("fsync")
+        fsync(handle)
+
+    def noting_replace(path: Path, target: Path) -> Path:
+        events.append("rename")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(Path, "replace", noting_replace)
     checkpoint.save(tmp_path, state(1), keep=1)
     assert events == ["fsync", "rename", "fsync"]
     events.clear()

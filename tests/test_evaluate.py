@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -79,12 +80,17 @@ def test_knn_in_blocks_is_knn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_logistic_regression_is_scikit_learns(l2: float) -> None:
     train, test = clusters(120, 7, seed=4), clusters(400, 7, seed=5)
     result, iterations = logistic_regression(train, test, 7, l2=l2)
-    x = train.values.double().numpy()
-    mean, std = x.mean(axis=0), x.std(axis=0)
+
+    def unit_rms(features: Features) -> npt.NDArray[np.float64]:
+        """Each row scaled to a root mean square of 1, that is to length sqrt(C)."""
+        x = features.values.double().numpy()
+        return np.asarray(x / np.sqrt((x**2).mean(axis=1, keepdims=True)))
+
+    x = unit_rms(train)
     # Theirs: sum of cross-entropies + |W|² / (2 C); ours: mean + l2 / 2 |W|². So C = 1 / (l2 T).
     reference = LogisticRegression(C=1 / (l2 * len(x)), max_iter=2000, tol=1e-8)
-    reference.fit((x - mean) / std, train.labels.numpy())
-    logits = reference.decision_function((test.values.double().numpy() - mean) / std)
+    reference.fit(x, train.labels.numpy())
+    logits = reference.decision_function(unit_rms(test))
     labels = test.labels.numpy()
     ranked = np.argsort(-logits, axis=1)[:, :5]
     # One image in 400 may lie on a border between two classes.
@@ -93,13 +99,16 @@ def test_logistic_regression_is_scikit_learns(l2: float) -> None:
     assert 0 < iterations <= 200
 
 
-def test_logistic_regression_takes_a_constant_feature_and_an_absent_class() -> None:
+def test_logistic_regression_takes_any_scale_a_zero_feature_and_an_absent_class() -> None:
     train, test = clusters(40, 3, seed=0), clusters(20, 3, seed=1)
-    flat = Features(values=torch.cat([train.values, torch.ones(40, 1)], dim=1), labels=train.labels)
-    also = Features(values=torch.cat([test.values, torch.ones(20, 1)], dim=1), labels=test.labels)
-    with_constant, _ = logistic_regression(flat, also, 9, l2=1e-3)
+    large, small = (
+        Features(values=torch.cat([f.values * scale, torch.zeros(len(f.labels), 1)], dim=1), labels=f.labels)
+        for f, scale in ((train, 1e4), (test, 1e-4))
+    )
+    scaled, _ = logistic_regression(large, small, 9, l2=1e-3)
     plain, _ = logistic_regression(train, test, 9, l2=1e-3)
-    assert with_constant["top1"] == plain["top1"] > 0.5
+    assert scaled["top1"] == pytest.approx(plain["top1"], abs=1 / 20 + 1e-6)  # the zero column changes the length
+    assert plain["top1"] > 0.5
 
 
 def test_accuracy_of_the_five_best() -> None:
@@ -152,7 +161,8 @@ def batches(n: int, size: int) -> Iterator[Batch]:
 
 def test_calibrated_statistics_are_the_plain_averages() -> None:
     module = Keep()
-    module.norm.running_mean += 7.0  # type: ignore[operator]
+    assert module.norm.running_mean is not None
+    module.norm.running_mean.add_(7.0)
     momentum = module.norm.momentum
     calibrate_bn(module, batches(48, 16), PLAIN, RUNTIME)
     seen = torch.stack(module.seen).double()  # three batches of 16

@@ -240,13 +240,13 @@ def test_records_are_means_since_the_last_one(tmp_path: Path) -> None:
     assert trained == sorted(trained)
 
 
-class Syncs(TorchDispatchMode):
+class Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes each op that makes the host wait for the device."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "_unique2", "equal")
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[str] = []
         self.seen = 0
 
