@@ -32,6 +32,7 @@ class Source(Protocol):
     def read(self, index: int) -> bytes | npt.NDArray[np.uint8]:
         """The encoded file (bytes), or decoded RGB pixels as uint8 [H, W, 3]."""
         ...
+
     def describe(self, index: int) -> str:
         """What an error message calls the image: its path, or e.g. "digits[12]"."""
         ...

@@ -10,27 +10,27 @@ import torch
 from fastsimclr.loaders import DataError
 from fastsimclr.models import build_classifier, classifier_from, count_parameters
 from fastsimclr.objectives import CrossEntropy, Distillation
-from fastsimclr.stages.networks import load_classifier, load_network_facts, load_simclr, network_facts
+from fastsimclr.stages.networks import digest, load_classifier, load_network_facts, load_simclr, network_facts
 from fastsimclr.stages.setting import Setting
-from fastsimclr.stages.training import classifier_metrics, fitting_batch, train, write_result
+from fastsimclr.stages.training import classifier_metrics, train, write_result
 
 
 def finetune(setting: Setting, source: Path, run: Path, resume: bool) -> dict[str, Any]:
     """Fine-tune the pretrained network of run `source` on the labels; the result is also in run/result.json."""
     config = setting.recipe.finetune
     labelled = setting.labelled(config.labels)
-    network = classifier_from(load_simclr(source), config.head_layer, len(labelled.classes))
+    pretrained = load_simclr(source)
+    network = classifier_from(pretrained, config.head_layer, len(labelled.classes))
     outcome = train(
         setting,
         stage="finetune",
         run=run,
         objective=CrossEntropy(network, frozen_bn=config.frozen_bn),
         source=labelled,
-        epochs=config.epochs,
-        batch=fitting_batch(config.batch, len(labelled)),
-        optim=config.optim,
+        config=config,
         policy=setting.crop_flip_policy,
-        facts=load_network_facts(source) | {"classes": list(labelled.classes), "head_layer": config.head_layer},
+        facts=load_network_facts(source)
+        | {"classes": list(labelled.classes), "head_layer": config.head_layer, "start": digest(pretrained)},
         resume=resume,
     )
     metrics = classifier_metrics(setting, network)
@@ -50,9 +50,7 @@ def supervised(setting: Setting, run: Path, resume: bool) -> dict[str, Any]:
         run=run,
         objective=CrossEntropy(network),
         source=labelled,
-        epochs=config.epochs,
-        batch=fitting_batch(config.batch, len(labelled)),
-        optim=config.optim,
+        config=config,
         policy=setting.crop_flip_policy,
         facts=network_facts(recipe.model, recipe.views.size, labelled.classes),
         resume=resume,
@@ -80,11 +78,9 @@ def distill(setting: Setting, teacher: Path, run: Path, resume: bool) -> dict[st
         run=run,
         objective=Distillation(student, taught, temperature=config.temperature, label_weight=config.label_weight),
         source=setting.splits.unlabelled,
-        epochs=config.epochs,
-        batch=config.batch,
-        optim=config.optim,
+        config=config,
         policy=setting.crop_flip_policy,
-        facts=network_facts(config.student, recipe.views.size, classes),
+        facts=network_facts(config.student, recipe.views.size, classes) | {"teacher": digest(taught)},
         resume=resume,
     )
     metrics = classifier_metrics(setting, student)

@@ -11,9 +11,9 @@ import torch
 from fastsimclr.evaluate import calibrate_bn, extract, knn, logistic_regression, raw_pixels
 from fastsimclr.models import Classifier, ClassifierNet, ModelConfig, ProjectionHead, build_encoder
 from fastsimclr.objectives import CrossEntropy
-from fastsimclr.stages.networks import load_encoder, load_network_facts
+from fastsimclr.stages.networks import digest, load_encoder, load_network_facts
 from fastsimclr.stages.setting import Setting
-from fastsimclr.stages.training import classifier_metrics, fitting_batch, train, write_evaluation, write_result
+from fastsimclr.stages.training import classifier_metrics, train, write_evaluation, write_result
 
 _CALIBRATION_IMAGES = 4096
 
@@ -46,11 +46,10 @@ def _linear_sgd(setting: Setting, source: Path, run: Path, resume: bool) -> dict
         run=run,
         objective=CrossEntropy(network, frozen_body=True),
         source=labelled,
-        epochs=config.epochs,
-        batch=fitting_batch(config.batch, len(labelled)),
-        optim=config.optim,
+        config=config,
         policy=setting.crop_flip_policy,
-        facts=load_network_facts(source) | {"classes": list(labelled.classes), "head_layer": 0},
+        facts=load_network_facts(source)
+        | {"classes": list(labelled.classes), "head_layer": 0, "start": digest(encoder)},
         resume=resume,
     )
     metrics = classifier_metrics(setting, network)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsimclr import checkpoint
 from fastsimclr.models import (
@@ -34,6 +35,14 @@ _TRAINED = {
 def network_facts(model: ModelConfig, size: int, classes: tuple[str, ...] = (), head_layer: int = 0) -> dict[str, Any]:
     """What must be known to build a network again; a checkpoint carries it."""
     return {"model": asdict(model), "size": size, "classes": list(classes), "head_layer": head_layer}
+
+
+def digest(network: nn.Module) -> str:
+    """A short hash of all weights: a resumed run must start from the same ones."""
+    whole = hashlib.sha256()
+    for value in network.state_dict().values():
+        whole.update(value.contiguous().cpu().numpy().tobytes())
+    return whole.hexdigest()[:16]
 
 
 def load_network_facts(run: Path) -> dict[str, Any]:

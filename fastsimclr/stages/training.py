@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -35,9 +35,15 @@ class Trained:
     implementations: dict[str, str]
 
 
-def fitting_batch(batch: int | None, images: int) -> int:
-    """The configured batch; null is 256, or all images where fewer."""
-    return min(_DEFAULT_BATCH, images) if batch is None else batch
+class Training(Protocol):
+    """What the settings of every training stage have in common."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def batch(self) -> int | None: ...
+    @property
+    def optim(self) -> OptimConfig: ...
 
 
 def train(
@@ -47,16 +53,15 @@ def train(
     run: Path,
     objective: Objective,
     source: Source,
-    epochs: int,
-    batch: int,
-    optim: OptimConfig,
+    config: Training,
     policy: Policy,
     facts: dict[str, Any],
     resume: bool,
     hooks: Sequence[Hook] = (),
 ) -> Trained:
-    """Train `objective` on `source` to the end of the schedule."""
-    n = len(source)
+    """Train `objective` on `source` to the end of the schedule. A batch of null is 256, or all images where fewer."""
+    n, optim = len(source), config.optim
+    batch = min(_DEFAULT_BATCH, n) if config.batch is None else config.batch
     if batch > n:
         raise DataError(
             f"{stage}.batch={batch} is larger than the {n} images of {source.name}; use at most --{stage}.batch {n}"
@@ -69,7 +74,7 @@ def train(
         run=run,
         objective=objective,
         optimizer=optimizer,
-        schedule=Schedule.from_epochs(n, epochs, batch, optim.warmup_epochs, optim.peak_lr(batch)),
+        schedule=Schedule.from_epochs(n, config.epochs, batch, optim.warmup_epochs, optim.peak_lr(batch)),
         batches=batches,
         policy=policy,
         seed=setting.recipe.seed,
