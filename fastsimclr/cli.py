@@ -125,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--traceback" in words:
             traceback.print_exc()
         kind = "" if isinstance(error, ValueError | OSError | ArithmeticError) else f"{type(error).__name__}: "
-        print(f"error: {kind}{_one_line(str(error))}", file=sys.stderr)
+        trace = " (--traceback shows where)" if kind and "--traceback" not in words else ""
+        print(f"error: {kind}{_one_line(str(error))}{trace}", file=sys.stderr)
         return 1
     return 0
 
@@ -183,7 +184,10 @@ def _execute(command: str, options: Namespace) -> None:
         return run_bench(options)
     recipe = recipe_from(options)
     start = options.get("from") or options.get("teacher")
-    out = Path(options.out or _default_out(command, start and start.rstrip("/")))
+    beside = Path(start) if start else None
+    if beside is not None and beside.is_file():
+        beside = beside.parent.parent  # a checkpoint of that run
+    out = Path(options.out or _default_out(command, beside and str(beside)))
     if command in ("run", "demo"):
         runs = stages.run_seeds(recipe, out, options.seeds)
         print(f"\n{stages.summary(runs)}\nresults: {out}")

@@ -31,7 +31,7 @@ def extract(
 ) -> Features:
     """Run `network` without gradient over one sequential pass and keep its outputs."""
     values, labels = [], []
-    with torch.inference_mode():
+    with torch.no_grad():
         for batch in batches:
             shipment = ship(batch, policy, 0, 1, runtime.device)
             with runtime.autocast():
@@ -39,7 +39,7 @@ def extract(
             labels.append(shipment.labels)
     if not values:
         raise ValueError("there is no image to evaluate; check data.val and data.val_fraction")
-    return Features(values=torch.cat(values).clone(), labels=torch.cat(labels).clone())
+    return Features(values=torch.cat(values), labels=torch.cat(labels))
 
 
 def raw_pixels(images: Tensor) -> Tensor:

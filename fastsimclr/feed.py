@@ -61,6 +61,8 @@ class Feed:
 
     def _run(self, batches: Iterable[Batch], policy: Policy, seed: int, views: int, device: torch.device) -> None:
         try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # the current device is each thread's own
             for batch in batches:
                 if not self._put(ship(batch, policy, seed, views, device)):
                     return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentError
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, Literal
@@ -21,8 +22,8 @@ _SMOKE_BATCH = 16
 def _positive(section: str, config: object, *keys: str) -> None:
     for key in keys:
         value = getattr(config, key)
-        if value is not None and value <= 0:
-            raise ValueError(f"{section}.{key}={value} must be greater than 0")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{section}.{key}={value} must be greater than 0 and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,8 @@ class FinetuneConfig:
     """Passes over the labelled images."""
     batch: int | None = None
     """Images a step; null: 256, or all labelled images where fewer."""
+    scale: tuple[float, float] | None = None
+    """Range of a crop's area as a part of the image's; null: that of views."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=0.005, lr_scaling="sqrt", weight_decay=0.0, warmup_epochs=0)
     )
@@ -124,6 +127,8 @@ class SupervisedConfig:
     """Passes over the labelled images."""
     batch: int | None = None
     """Images a step; null: 256, or all labelled images where fewer."""
+    scale: tuple[float, float] | None = None
+    """Range of a crop's area as a part of the image's; null: that of views."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(name="sgd", lr=0.1, nesterov=True, weight_decay=5e-4, warmup_epochs=5)
     )
@@ -142,7 +147,7 @@ class DistillConfig:
     temperature: float = 1.0
     """Of both softmaxes: .1 for self-distillation, 1 for a smaller student (google-research/simclr)."""
     label_weight: float = 0.0
-    """Weight of the labels' cross-entropy: (1 - a)·distillation + a·CE; 0 uses unlabelled images only."""
+    """Weight w of the few labels' cross-entropy: (1 - w)·distillation + w·CE; 0 uses no label at all."""
     epochs: int = 400
     """Passes over all images."""
     batch: int = 512
@@ -165,11 +170,12 @@ class Recipe:
     seed: int = 0
     """Of weights, order and views: the same seed gives the same run. 0 to 4294967295."""
     smoke: bool = False
-    """A few steps at tiny size, to see that everything runs: 64 images a split, batch 16, one epoch, eighth width."""
+    """A few steps at tiny size, to see that everything runs: 64 images a split, batches of at most 16
+    where one is set, one epoch, eighth width, views of at most 32 pixels."""
     data: DataConfig = field(default_factory=DataConfig)
     """Images, labels and how they are loaded."""
     views: Policy = field(default_factory=Policy)
-    """Augmentation in pretraining; the other stages use its crop and flip only, evaluation its size."""
+    """Augmentation in pretraining; the other stages use its crop, flip and rotation only, evaluation its size."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Encoder and projection head."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

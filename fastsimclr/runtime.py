@@ -80,8 +80,14 @@ def choose_runtime(device: str, precision: Literal["auto", "fp32", "bf16", "fp16
             f"device={device!r}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here;"
             " use --device cpu, or install a CUDA build of torch and a driver"
         )
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
+        torch.cuda.set_device(chosen)
+        torch.backends.cudnn.benchmark = True  # all steps of a run have the same shapes
+        native_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native_bf16 = bool(torch.cpu._is_amx_tile_supported())
     if precision == "auto":
-        native_bf16 = chosen.type == "cuda" or bool(torch.cpu._is_amx_tile_supported())
         precision = "bf16" if native_bf16 else "fp32"
     return Runtime(device=chosen, precision=precision, channels_last=channels_last)
 

@@ -32,7 +32,7 @@ class TrainerConfig:
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast precision; weights stay float32. auto: bf16 on CUDA and on CPUs with AMX, else fp32. fp16 adds a loss
-    scaler."""
+    scaler, which waits for the device once a step."""
     channels_last: bool = True
     """Keep activations and convolution weights channels-last."""
     log_every_steps: int = 20
@@ -152,8 +152,8 @@ class Trainer:
                 continue
             raise FloatingPointError(
                 f"{self.job.stage}: the {name} became {value} by step {self.step} (learning rate {rate:.4g});"
-                " no checkpoint of it was written. Lower the learning rate or lengthen the warm-up, then"
-                f" --resume auto from {checkpoint.folder(self.job.run)}"
+                " no checkpoint of it was written. Lower the learning rate or lengthen the warm-up, and start in"
+                f" another --out, or go on from {checkpoint.folder(self.job.run)} with the stage's --resume auto"
             )
         return {**values, "learning_rate": rate, "trained_s": round(self.trained_s, 3)}
 
@@ -258,7 +258,7 @@ class _Meter:
 
 def _shown(values: dict[str, float]) -> dict[str, str]:
     shown = {"loss": f"{values['loss']:.3f}"}
-    shown |= {key: f"{values[key]:.2f}" for key in ("contrastive_top1", "top1", "teacher_agreement") if key in values}
+    shown |= {key: f"{value:.2f}" for key, value in values.items() if key.endswith(("top1", "agreement"))}
     return shown | {"img/s": f"{values['images_per_s']:.0f}", "wait": f"{values['data_wait_pct']:.0f}%"}
 
 

@@ -9,7 +9,7 @@ from fastsimclr.loaders.draw import Policy, ViewParams, draw
 from fastsimclr.loaders.native import EvalLoader, Loader, TrainLoader
 from fastsimclr.loaders.order import Order, epoch_order, rank_positions, steps_per_run
 from fastsimclr.loaders.resident import Resident, hold
-from fastsimclr.loaders.sets import ArraySource, FileSource, Subset
+from fastsimclr.loaders.sets import ArraySource, FileSource, Relabelled, Subset
 from fastsimclr.loaders.source import DataError, Source
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Order",
     "Policy",
     "Ragged",
+    "Relabelled",
     "Resident",
     "Source",
     "Splits",

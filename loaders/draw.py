@@ -76,21 +76,29 @@ class Policy:
     def __post_init__(self) -> None:
         for key in ("flip", "jitter", "grey", "blur", "solarise"):
             if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"{key}={getattr(self, key)} is not a probability; give a number from 0 to 1")
+                raise ValueError(f"views.{key}={getattr(self, key)} is not a probability; give a number from 0 to 1")
         for key in ("scale", "ratio", "sigma"):
             low, high = getattr(self, key)
             if not 0 < low <= high:
-                raise ValueError(f"{key}={(low, high)} is not a range; give (low, high) with 0 < low <= high")
+                raise ValueError(f"views.{key}={(low, high)} is not a range; give (low, high) with 0 < low <= high")
         if self.scale[1] > 1:
-            raise ValueError(f"scale={self.scale} asks for more than the image; its end can be 1 at most")
+            raise ValueError(f"views.scale={self.scale} asks for more than the image; its end can be 1 at most")
         if self.size < 1:
-            raise ValueError(f"size={self.size} leaves no pixels; give the side of a view, at least 1")
+            raise ValueError(f"views.size={self.size} leaves no pixels; give the side of a view, at least 1")
         if not 0 < self.centre_fraction <= 1:
-            raise ValueError(f"centre_fraction={self.centre_fraction} is not within (0, 1]; .875 is usual")
+            raise ValueError(f"views.centre_fraction={self.centre_fraction} is not within (0, 1]; .875 is usual")
         if not 0 <= self.strength <= 2.5:
-            raise ValueError(f"strength={self.strength} shifts the hue by more than half a turn; give 0 to 2.5")
+            raise ValueError(f"views.strength={self.strength} shifts the hue by more than half a turn; give 0 to 2.5")
         if self.brightness == "add" and self.semantics == "torchvision":
-            raise ValueError("brightness=add exists under tensorflow semantics only; set semantics=tensorflow")
+            raise ValueError(
+                "views.brightness=add exists under tensorflow semantics only; set views.semantics=tensorflow"
+            )
+        if not math.isfinite(self.rotate):
+            raise ValueError(f"views.rotate={self.rotate} is not a number of degrees; 0 is none")
+        if not isinstance(self.normalise, str) and not all(value > 0 for value in self.normalise[1]):
+            raise ValueError(
+                f"views.normalise={self.normalise} has a standard deviation of 0; give (mean, std), std > 0"
+            )
 
     @property
     def rendering(self) -> Rendering:

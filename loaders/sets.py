@@ -149,6 +149,29 @@ class Subset:
         return self.base.describe(int(self.indices[index]))
 
 
+class Relabelled:
+    """The images of `source` with other labels, int64 [n], -1 for none. Implements `Source`."""
+
+    def __init__(self, source: Source, labels: npt.ArrayLike) -> None:
+        self.source = source
+        self.name = source.name
+        self.classes = source.classes
+        self.labels = _frozen(labels)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _digest(self.source.fingerprint.encode(), self.labels.tobytes())
+
+    def read(self, index: int) -> bytes | Pixels:
+        return self.source.read(index)
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(index)
+
+
 def digits() -> ArraySource:
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, in 10 classes; grey as RGB, 0..16 scaled to 0..255."""
     try:

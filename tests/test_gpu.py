@@ -105,6 +105,7 @@ def test_lars_steps_equal_those_of_the_cpu() -> None:
         torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-6)  # float32 norms summed in another order
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_never_waits_for_the_device(precision: Precision, tmp_path: Path) -> None:
     trainer = trainer_on(CUDA, precision, tmp_path)
@@ -115,8 +116,8 @@ def test_a_step_never_waits_for_the_device(precision: Precision, tmp_path: Path)
         meter = _Meter(feed)
         trainer._train_step(shipments[0], 0.1, meter)  # cuDNN and the optimizer's state set themselves up
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             for shipment in shipments[1:]:
                 trainer._train_step(shipment, 0.1, meter)
         finally:

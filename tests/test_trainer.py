@@ -296,14 +296,15 @@ def test_the_check_for_waiting_can_fail() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("kind", ["pretrain", "supervised"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_never_waits_for_the_gpu(tmp_path: Path, kind: str, precision: str) -> None:
     runtime = Runtime(device=torch.device("cuda"), precision=precision)  # type: ignore[arg-type]
     given = job(tmp_path, kind=kind, policy=Policy(size=24, rotate=15, solarise=0.5))
     step = one_step(given, runtime)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -17,8 +17,8 @@ from fastsimclr.objectives.base import Objective, Outcome
 class Distillation(Objective):
     """The student learns the teacher's class probabilities; the teacher is frozen and in evaluation mode.
 
-    temperature > 0 divides both logits. label_weight in [0, 1]: (1 - a)·CE(labels) + a·distillation would be a = 1 -
-    label_weight; images without a label (-1) take no part in the CE term.
+    temperature > 0 divides both logits. label_weight w in [0, 1]: (1 - w)·distillation + w·CE(labels), where images
+    without a label (-1) take no part in the second term. The paper's alpha (Eq. 3) is 1 - w.
     """
 
     views = 1

@@ -28,7 +28,7 @@ def finetune(setting: Setting, source: Path, run: Path, resume: bool) -> dict[st
         objective=CrossEntropy(network, frozen_bn=config.frozen_bn),
         source=labelled,
         config=config,
-        policy=setting.crop_flip_policy,
+        policy=setting.crop_flip_policy(config.scale),
         facts=load_network_facts(source)
         | {"classes": list(labelled.classes), "head_layer": config.head_layer, "start": digest(pretrained)},
         resume=resume,
@@ -51,7 +51,7 @@ def supervised(setting: Setting, run: Path, resume: bool) -> dict[str, Any]:
         objective=CrossEntropy(network),
         source=labelled,
         config=config,
-        policy=setting.crop_flip_policy,
+        policy=setting.crop_flip_policy(config.scale),
         facts=network_facts(recipe.model, recipe.views.size, labelled.classes),
         resume=resume,
     )
@@ -70,6 +70,8 @@ def distill(setting: Setting, teacher: Path, run: Path, resume: bool) -> dict[st
             f"the teacher {teacher} knows {len(classes)} classes ({', '.join(classes[:3])}, …), the data {here.name}"
             f" has {len(here.classes)} ({', '.join(here.classes[:3])}, …); use the data that the teacher learned from"
         )
+    labels = len(setting.labelled("subset")) if config.label_weight else 0
+    source = setting.with_few_labels() if labels else setting.splits.unlabelled
     torch.manual_seed(recipe.seed)
     student = build_classifier(config.student, recipe.views.size, len(classes), init="normal")
     outcome = train(
@@ -77,14 +79,20 @@ def distill(setting: Setting, teacher: Path, run: Path, resume: bool) -> dict[st
         stage="distill",
         run=run,
         objective=Distillation(student, taught, temperature=config.temperature, label_weight=config.label_weight),
-        source=setting.splits.unlabelled,
+        source=source,
         config=config,
-        policy=setting.crop_flip_policy,
+        policy=setting.crop_flip_policy(),
         facts=network_facts(config.student, recipe.views.size, classes) | {"teacher": digest(taught)},
         resume=resume,
     )
     metrics = classifier_metrics(setting, student)
     metrics["teacher_top1"] = classifier_metrics(setting, taught)["top1"]
     return write_result(
-        setting, run, outcome, metrics=metrics, network=student, teacher_parameters=count_parameters(taught)
+        setting,
+        run,
+        outcome,
+        metrics=metrics,
+        network=student,
+        labels=labels,
+        teacher_parameters=count_parameters(taught),
     )

@@ -47,7 +47,7 @@ def _linear_sgd(setting: Setting, source: Path, run: Path, resume: bool) -> dict
         objective=CrossEntropy(network, frozen_body=True),
         source=labelled,
         config=config,
-        policy=setting.crop_flip_policy,
+        policy=setting.crop_flip_policy(),
         facts=load_network_facts(source)
         | {"classes": list(labelled.classes), "head_layer": 0, "start": digest(encoder)},
         resume=resume,

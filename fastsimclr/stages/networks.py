@@ -104,9 +104,12 @@ def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def recipe_path(run: Path) -> Path:
     """The recipe that a run was made with. CheckpointError if `run` is not a run folder or a checkpoint in one."""
-    path = (run.parent.parent if run.is_file() else run) / "recipe.yaml"
-    if not path.is_file():
+    folder = run.parent.parent if run.is_file() else run
+    path = folder / "recipe.yaml"
+    if not path.is_file() or not checkpoint.folder(folder).is_dir():
         inside = [place.parent.name for place in sorted(run.glob("*/recipe.yaml"))] if run.is_dir() else []
         remedy = f"give one of the runs in it: {', '.join(inside)}" if inside else "give the --out of an earlier stage"
-        raise checkpoint.CheckpointError(f"{run} is not a run folder: {path} does not exist; {remedy}")
+        raise checkpoint.CheckpointError(
+            f"{run} is not the folder of a training run, with recipe and checkpoints; {remedy}"
+        )
     return path

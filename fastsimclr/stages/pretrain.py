@@ -47,6 +47,9 @@ def pretrain(setting: Setting, run: Path, resume: bool) -> dict[str, Any]:
     return write_result(setting, run, outcome, metrics={}, network=network)
 
 
+_PROBE_IMAGES = 20_000  # enough to follow a training; all of ImageNet would take the GPU's memory
+
+
 class Probe:
     """kNN and linear accuracy of the encoder so far, on the labels that the linear stage would use."""
 
@@ -62,9 +65,9 @@ class Probe:
 
 
 def probe(setting: Setting, encoder: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-    """knn_top1 and linear_top1 of `encoder`'s features."""
+    """knn_top1 and linear_top1 of `encoder`'s features, on at most 20,000 labelled images."""
     recipe, runtime = setting.recipe, setting.runtime
-    labelled = setting.labelled(recipe.linear.labels)
+    labelled = setting.first(setting.labelled(recipe.linear.labels), _PROBE_IMAGES)
     policy = setting.evaluation_policy
     bank = extract(encoder, setting.passes(labelled), policy, runtime)
     test = extract(encoder, setting.passes(setting.splits.val), policy, runtime)

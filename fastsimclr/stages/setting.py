@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+from tqdm import tqdm
 
 from fastsimclr.loaders import (
     Batch,
@@ -15,6 +16,7 @@ from fastsimclr.loaders import (
     EvalLoader,
     Loader,
     Policy,
+    Relabelled,
     Resident,
     Source,
     Splits,
@@ -33,13 +35,13 @@ _EVALUATION_BATCH = 256
 
 
 class Setting:
-    """One recipe on one machine. Data held in memory is decoded once and shared by the stages."""
+    """One recipe on one machine. A source held in memory is decoded once and serves every stage that uses it."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe.at_smoke_size()
         self.runtime = choose_runtime(recipe.device, recipe.trainer.precision, recipe.trainer.channels_last)
-        self._held: dict[str, Resident | None] = {}
-        self._damaged: dict[str, dict[int, str]] = {}
+        self._held: dict[tuple[str, str], Resident | None] = {}
+        self._damaged: dict[str, list[dict[int, str]]] = {}
 
     @cached_property
     def splits(self) -> Splits:
@@ -71,15 +73,22 @@ class Setting:
         few = label_subset(splits.train, self.recipe.data) if labels == "subset" else splits.train
         return self.first(few, _SMOKE_IMAGES) if self.recipe.smoke else few
 
-    @property
-    def crop_flip_policy(self) -> Policy:
-        """The geometric part of the pretraining views: fine-tuning, linear evaluation, distillation."""
-        return replace(self.recipe.views, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0)
+    def with_few_labels(self) -> Source:
+        """Every image for training, of which only the few labels of the data settings are kept."""
+        every = self.splits.unlabelled
+        few = self.labelled("subset")
+        label = {few.describe(i): few.labels[i] for i in range(len(few))}
+        return Relabelled(every, [label.get(every.describe(i), -1) for i in range(len(every))])
+
+    def crop_flip_policy(self, scale: tuple[float, float] | None = None) -> Policy:
+        """Crop and flip of the pretraining views (and their rotation, where there is one), with crops of `scale`."""
+        views = self.recipe.views
+        return replace(views, scale=scale or views.scale, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0)
 
     @property
     def evaluation_policy(self) -> Policy:
         """One fixed view an image: the centre, or the whole image where small."""
-        return replace(self.crop_flip_policy, crop="centre", rotate=0.0, flip=0.0)
+        return replace(self.crop_flip_policy(), crop="centre", rotate=0.0, flip=0.0)
 
     def training_batches(self, source: Source, batch: int) -> Callable[[int, int], Iterable[Batch]]:
         """(start, stop) -> the batches of those steps."""
@@ -122,17 +131,30 @@ class Setting:
             "val": len(splits.val),
             "classes": len(splits.val.classes),
             "fingerprint": splits.unlabelled.fingerprint,
-            "damaged": {name: list(bad.values()) for name, bad in self._damaged.items() if bad},
+            "damaged": {
+                name: sorted({reason for bad in found for reason in bad.values()})
+                for name, found in self._damaged.items()
+                if any(found)
+            },
         }
 
     def _resident(self, source: Source) -> Resident | None:
-        key = source.fingerprint
+        # A fingerprint knows names below the root only: two folders may share it.
+        key = (source.fingerprint, source.describe(0) if len(source) else source.name)
         if key not in self._held:
-            self._held[key] = hold(source, self.recipe.data, self.runtime.device)
+            with tqdm(desc=f"decoding {source.name}", unit="image", disable=None, leave=False) as bar:
+                self._held[key] = hold(
+                    source, self.recipe.data, self.runtime.device, lambda done, n: _show(bar, done, n)
+                )
             where = f"held decoded on {self.runtime.device}" if self._held[key] else "decoded as it is read"
             logger.info("%s: %d images %s", source.name, len(source), where)
         return self._held[key]
 
     def _noting_damage(self, loader: Loader) -> Iterable[Batch]:
-        self._damaged[f"{loader.source.name} ({len(loader.source)} images)"] = loader.bad
+        self._damaged.setdefault(loader.source.name, []).append(loader.bad)
         return loader
+
+
+def _show(bar: tqdm[NoReturn], done: int, n: int) -> None:
+    bar.total = n
+    bar.update(done - bar.n)

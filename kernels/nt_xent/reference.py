@@ -20,8 +20,9 @@ from torch.autograd.function import once_differentiable
 
 Scaling = Literal["paper", "google"]
 
-BLOCK_ELEMENTS = 2**18
-"""Similarities held at once when the caller names no block size: 1 MiB of float32, which a CPU core's cache holds."""
+BLOCK_ELEMENTS, BLOCK_ELEMENTS_ELSEWHERE = 2**18, 2**26
+"""Similarities held at once when the caller names no block size: 1 MiB of float32, which a CPU core's cache holds; 256
+MiB on other devices, where few launches matter more."""
 
 MINIMUM_ROWS = 64
 """Fewer rows a block leave the matrix product short of work, whatever the cache holds."""
@@ -65,7 +66,8 @@ def nt_xent_reference(
         raise ValueError(f"scaling={scaling!r} is unknown; use 'paper' or 'google'")
     if block_rows is not None and block_rows < 1:
         raise ValueError(f"block_rows={block_rows} is below 1; use None to choose it by memory")
-    rows = block_rows or max(MINIMUM_ROWS, BLOCK_ELEMENTS // x.shape[0])
+    elements = BLOCK_ELEMENTS if x.device.type == "cpu" else BLOCK_ELEMENTS_ELSEWHERE
+    rows = block_rows or max(MINIMUM_ROWS, elements // x.shape[0])
     x = x if x.dtype == torch.float64 else x.float()
     loss, top1, top5 = _NtXent.apply(x, float(temperature), 2.0 if scaling == "google" else 1.0, rows)
     return NtXent(loss, top1, top5)

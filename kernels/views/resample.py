@@ -43,7 +43,9 @@ def axis_weights(
     length_B: int64, the crop's pixels on this axis, which begin at `shift_B` of the span's.
     grid_BS: int64, the output pixel that stands at each place, 0 .. size - 1 (reversed where flipped).
     """
-    pixel_BX = torch.arange(span, device=length_B.device) - torch.as_tensor(shift_B, device=length_B.device).view(-1, 1)
+    pixel_BX = torch.arange(span, device=length_B.device) - (
+        shift_B.view(-1, 1) if isinstance(shift_B, Tensor) else shift_B
+    )
     inside_BX = (pixel_BX >= 0) & (pixel_BX < length_B[:, None])
     pixel_BX = torch.where(inside_BX, pixel_BX, _FAR).float()
     weigh = _triangle if semantics == "torchvision" else _legacy_bicubic
