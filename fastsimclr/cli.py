@@ -184,10 +184,8 @@ def _execute(command: str, options: Namespace) -> None:
         return run_bench(options)
     recipe = recipe_from(options)
     start = options.get("from") or options.get("teacher")
-    beside = Path(start) if start else None
-    if beside is not None and beside.is_file():
-        beside = beside.parent.parent  # a checkpoint of that run
-    out = Path(options.out or _default_out(command, beside and str(beside)))
+    run = start and str(Path(start).parent.parent if Path(start).is_file() else Path(start))  # a file is a checkpoint
+    out = Path(options.out or _default_out(command, run))
     if command in ("run", "demo"):
         runs = stages.run_seeds(recipe, out, options.seeds)
         print(f"\n{stages.summary(runs)}\nresults: {out}")

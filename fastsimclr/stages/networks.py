@@ -109,7 +109,5 @@ def recipe_path(run: Path) -> Path:
     if not path.is_file() or not checkpoint.folder(folder).is_dir():
         inside = [place.parent.name for place in sorted(run.glob("*/recipe.yaml"))] if run.is_dir() else []
         remedy = f"give one of the runs in it: {', '.join(inside)}" if inside else "give the --out of an earlier stage"
-        raise checkpoint.CheckpointError(
-            f"{run} is not the folder of a training run, with recipe and checkpoints; {remedy}"
-        )
+        raise checkpoint.CheckpointError(f"{run} is not a run folder: no recipe.yaml with checkpoints/; {remedy}")
     return path
