@@ -21,6 +21,11 @@ from fastsimclr.stopping import Stopped
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
+_CONFIG_HELP = (
+    "Recipe: a file, or the name of an installed one; later options override it. Without it: the recipe of --from or"
+    " --teacher, else folder.yaml where --data.root is given, else digits.yaml."
+)
+
 _COMMANDS = {
     "pretrain": "Contrastive pretraining on all images.",
     "linear": "Linear evaluation of a pretrained network.",
@@ -77,7 +82,7 @@ def _parser(chosen: str | None) -> ArgumentParser:
 
 def _stage_parser(name: str, summary: str) -> ArgumentParser:
     parser = _StageParser(description=summary, print_config="--print_config")
-    parser.add_argument("--config", action="config", help="Recipe file; later options override it.")
+    parser.add_argument("--config", action="config", help=_CONFIG_HELP)
     if name in ("linear", "knn", "finetune"):
         parser.add_argument("--from", type=str, required=True, help="Pretraining run; its recipe holds.")
     if name == "distill":
@@ -151,11 +156,14 @@ def _plain(words: Sequence[str]) -> list[str]:
 
 
 def _with_recipes(words: list[str]) -> list[str]:
-    """Recipes by name looked up in configs/; the recipe of the run to start from, or the demo's, put first."""
+    """Recipes by name looked up in configs/; the recipe of the run to start from, or the default one, put first."""
     words = [_known(word) if i and words[i - 1] == "--config" else word for i, word in enumerate(words)]
     if not words or words[0] not in _COMMANDS or "--help" in words or "-h" in words:
         return words
-    first: list[str] = ["--config", str(CONFIGS / "digits.yaml")] if words[0] == "demo" else []
+    first: list[str] = []
+    if words[0] == "demo" or (words[0] in ("pretrain", "supervised", "run") and "--config" not in words):
+        own = words[0] != "demo" and any(word.startswith("--data.root") for word in words)
+        first = ["--config", str(CONFIGS / ("folder.yaml" if own else "digits.yaml"))]
     flags = ("--from", "--teacher")
     for word, run in pairwise(words):
         if word in flags:

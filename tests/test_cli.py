@@ -117,7 +117,7 @@ def test_later_options_override_earlier_ones(capsys: pytest.CaptureFixture[str],
     _, out, _ = call(capsys, "pretrain", *words, "--data.threads=1", "--print_config")
     recipe = parse_recipe(out)
     assert (recipe.pretrain.epochs, recipe.pretrain.optim.lr, recipe.pretrain.optim.name) == (5, 0.25, "lars")
-    assert (recipe.views.scale, recipe.views.size, recipe.smoke, recipe.data.threads) == ((0.2, 0.9), 16, True, 1)
+    assert (recipe.views.scale, recipe.views.size, recipe.smoke, recipe.data.threads) == ((0.2, 0.9), 8, True, 1)
 
 
 @pytest.mark.parametrize(("word", "smoke"), [("--smoke", True), ("--smoke=true", True), ("--smoke=false", False)])

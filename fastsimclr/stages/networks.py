@@ -109,5 +109,6 @@ def recipe_path(run: Path) -> Path:
     if not path.is_file() or not checkpoint.folder(folder).is_dir():
         inside = [place.parent.name for place in sorted(run.glob("*/recipe.yaml"))] if run.is_dir() else []
         remedy = f"give one of the runs in it: {', '.join(inside)}" if inside else "give the --out of an earlier stage"
-        raise checkpoint.CheckpointError(f"{run} is not a run folder: no recipe.yaml with checkpoints/; {remedy}")
+        lacking = path if not path.is_file() else checkpoint.folder(folder)
+        raise checkpoint.CheckpointError(f"{run} is not a run folder: {lacking} does not exist; {remedy}")
     return path
