@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 import fastsimclr
 from fastsimclr import stages
+from fastsimclr.checkpoint import write_text
 from fastsimclr.models.resnet import Arch
 from fastsimclr.recipe import Recipe, add_recipe_arguments, check_sections, parse_recipe, recipe_from, recipe_keys
 from fastsimclr.stopping import Stopped
@@ -196,7 +197,9 @@ def _execute(command: str, options: Namespace) -> None:
     out = Path(options.out or _default_out(command, run))
     if command in ("run", "demo"):
         runs = stages.run_seeds(recipe, out, options.seeds)
-        print(f"\n{stages.summary(runs)}\nresults: {out}")
+        table = stages.summary(runs)
+        write_text(out / "summary.txt", table + "\n")
+        print(f"\n{table}\nresults: {out}")
         return
     if start is not None:
         _check_model(recipe, Path(start))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +23,7 @@ _GAINS = (("fine-tuned - supervised", "finetune", "supervised"), ("student - tea
 
 
 def summary(runs: Sequence[Results]) -> str:
-    """One line a stage; over several runs mean ± standard deviation, and the differences within each run."""
+    """One line a stage; over several runs mean ± standard deviation, and of the differences the standard error too."""
     first = runs[0]
     rows = [("", "top-1", "labels", "parameters", "seconds")]
     for name, stage, metric, own in _ROWS:
@@ -49,7 +50,7 @@ def summary(runs: Sequence[Results]) -> str:
             "",
             *_aligned(rows),
             "",
-            *(f"{name}: {spread(values, signed=True)}" for name, values in gains),
+            *(f"{name}: {spread(values, signed=True)}{_standard_error(values)}" for name, values in gains),
         ]
     )
 
@@ -59,6 +60,12 @@ def spread(values: Sequence[float], signed: bool = False) -> str:
     mean = statistics.mean(values)
     text = f"{mean:+.3f}" if signed else f"{mean:.3f}"
     return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.3f}"
+
+
+def _standard_error(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return ""
+    return f" (standard error {statistics.stdev(values) / math.sqrt(len(values)):.3f}, n {len(values)})"
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -28,7 +28,7 @@ from fastsimclr.loaders import (
 )
 from fastsimclr.recipe import Labels, Recipe
 from fastsimclr.runlog import logger
-from fastsimclr.runtime import choose_runtime
+from fastsimclr.runtime import choose_runtime, environment
 
 _SMOKE_IMAGES = 64
 _EVALUATION_BATCH = 256
@@ -40,6 +40,7 @@ class Setting:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe.at_smoke_size()
         self.runtime = choose_runtime(recipe.device, recipe.trainer.precision, recipe.trainer.channels_last)
+        self.environment = environment(self.runtime)  # now: the checkout may change while this process runs
         self._held: dict[tuple[str, str], Resident | None] = {}
         self._damaged: dict[str, list[dict[int, str]]] = {}
 

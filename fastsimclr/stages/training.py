@@ -17,7 +17,6 @@ from fastsimclr.models import ClassifierNet, count_parameters
 from fastsimclr.objectives import Objective
 from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
 from fastsimclr.recipe import dump_recipe
-from fastsimclr.runtime import environment
 from fastsimclr.stages.setting import Setting
 from fastsimclr.trainer import Hook, Job, Trainer
 
@@ -26,7 +25,7 @@ _DEFAULT_BATCH = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What came of a training: its stage, last record, wall time of the steps, and the implementations used."""
+    """What came of a training. trained_s: time of its steps over all resumes, without decoding, probes, checkpoints."""
 
     stage: str
     steps: int
@@ -150,7 +149,7 @@ def _write(setting: Setting, run: Path, stage: str, result: dict[str, Any], netw
         **result,
         "parameters": count_parameters(network),
         "data": setting.data_facts(),
-        "environment": environment(setting.runtime),
+        "environment": setting.environment,
     }
     checkpoint.write_text(run / "result.json", json.dumps(result, indent=2) + "\n")
     return result
