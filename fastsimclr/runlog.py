@@ -1,10 +1,11 @@
-"""What a run tells: a JSONL record always, TensorBoard when installed, a progress bar on a terminal."""
+"""What a run tells: a JSONL record always, TensorBoard when installed, a progress bar on a terminal, tables."""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,15 @@ from typing import Any
 from tqdm import tqdm
 
 logger = logging.getLogger("fastsimclr")
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows as lines of text, the first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        row[0].ljust(widths[0]) + "".join("  " + cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastsimclr.bench.record import FORMAT, aligned
+from fastsimclr.bench.record import FORMAT
+from fastsimclr.runlog import aligned
 
 _FREE = (
     "config.json",

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from fastsimclr import checkpoint
+from fastsimclr.runlog import aligned
 from fastsimclr.runtime import Runtime, environment
 
 LOG = logging.getLogger("fastsimclr")
@@ -264,12 +265,3 @@ def table(result: Report) -> str:
             f"note: peak memory of the process, all variants together: {result['process_peak_mib']:,.0f} MiB",
         ]
     )
-
-
-def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows as lines of text, the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        row[0].ljust(widths[0]) + "".join("  " + cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from fastsimclr.runlog import aligned
+
 Results = dict[str, dict[str, Any]]
 
 # (row, stage, metric, whether the row is about the stage's own trained network)
@@ -48,7 +50,7 @@ def summary(runs: Sequence[Results]) -> str:
             f"{data['source']}: {data['images']:,} images for training, {data['val']:,} for validation",
             f"pretraining: {training['steps']:,} steps in {seconds:.0f} s on {device}",
             "",
-            *_aligned(rows),
+            *aligned(rows),
             "",
             *(f"{name}: {spread(values, signed=True)}{_standard_error(values)}" for name, values in gains),
         ]
@@ -66,11 +68,3 @@ def _standard_error(values: Sequence[float]) -> str:
     if len(values) == 1:
         return ""
     return f" (standard error {statistics.stdev(values) / math.sqrt(len(values)):.3f}, n {len(values)})"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        row[0].ljust(widths[0]) + "".join("  " + cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
