@@ -152,6 +152,8 @@ class DistillConfig:
     """Passes over all images."""
     batch: int = 512
     """Images a step, over all ranks."""
+    scale: tuple[float, float] | None = None
+    """Range of a crop's area as a part of the image's; null: that of views."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.0, weight_decay=1e-4, warmup_epochs=10))
     """Optimizer and schedule."""
 

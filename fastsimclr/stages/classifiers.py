@@ -81,7 +81,7 @@ def distill(setting: Setting, teacher: Path, run: Path, resume: bool) -> dict[st
         objective=Distillation(student, taught, temperature=config.temperature, label_weight=config.label_weight),
         source=source,
         config=config,
-        policy=setting.crop_flip_policy(),
+        policy=setting.crop_flip_policy(config.scale),
         facts=network_facts(config.student, recipe.views.size, classes) | {"teacher": digest(taught)},
         resume=resume,
     )
