@@ -81,4 +81,5 @@ def _claim(recipe: Recipe, out: Path) -> None:
 
 
 def _brief(result: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value:.3f}" for key, value in result["metrics"].items()) or "done"
+    shown = result["metrics"] or {key: result["training"][key] for key in ("loss", "images_per_s")}
+    return ", ".join(f"{key} {value:.3f}" for key, value in shown.items())
