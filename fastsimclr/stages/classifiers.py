@@ -10,7 +10,7 @@ import torch
 from fastsimclr.loaders import DataError
 from fastsimclr.models import build_classifier, classifier_from, count_parameters
 from fastsimclr.objectives import CrossEntropy, Distillation
-from fastsimclr.stages.networks import digest, load_classifier, load_network_facts, load_simclr, network_facts
+from fastsimclr.stages.networks import digest, load_classifier, load_simclr, network_facts
 from fastsimclr.stages.setting import Setting
 from fastsimclr.stages.training import classifier_metrics, train, write_result
 
@@ -19,7 +19,7 @@ def finetune(setting: Setting, source: Path, run: Path, resume: bool) -> dict[st
     """Fine-tune the pretrained network of run `source` on the labels; the result is also in run/result.json."""
     config = setting.recipe.finetune
     labelled = setting.labelled(config.labels)
-    pretrained = load_simclr(source)
+    pretrained, facts = load_simclr(source)
     network = classifier_from(pretrained, config.head_layer, len(labelled.classes))
     outcome = train(
         setting,
@@ -29,8 +29,7 @@ def finetune(setting: Setting, source: Path, run: Path, resume: bool) -> dict[st
         source=labelled,
         config=config,
         policy=setting.crop_flip_policy(config.scale),
-        facts=load_network_facts(source)
-        | {"classes": list(labelled.classes), "head_layer": config.head_layer, "start": digest(pretrained)},
+        facts=facts | {"classes": list(labelled.classes), "head_layer": config.head_layer, "start": digest(pretrained)},
         resume=resume,
     )
     metrics = classifier_metrics(setting, network)

@@ -11,7 +11,7 @@ import torch
 from fastsimclr.evaluate import calibrate_bn, extract, knn, logistic_regression, raw_pixels
 from fastsimclr.models import Classifier, ClassifierNet, ModelConfig, ProjectionHead, build_encoder
 from fastsimclr.objectives import CrossEntropy
-from fastsimclr.stages.networks import digest, load_encoder, load_network_facts
+from fastsimclr.stages.networks import digest, load_encoder
 from fastsimclr.stages.setting import Setting
 from fastsimclr.stages.training import classifier_metrics, train, write_evaluation, write_result
 
@@ -25,7 +25,7 @@ def evaluate_linear(setting: Setting, source: Path, run: Path, resume: bool) -> 
         return _linear_sgd(setting, source, run, resume)
     start = time.perf_counter()
     labelled = setting.labelled(config.labels)
-    encoder = setting.runtime.place(load_encoder(source)).eval()
+    encoder = setting.runtime.place(load_encoder(source)[0]).eval()
     bank = extract(encoder, setting.passes(labelled), setting.evaluation_policy, setting.runtime)
     test = extract(encoder, setting.passes(setting.splits.val), setting.evaluation_policy, setting.runtime)
     metrics, iterations = logistic_regression(bank, test, len(labelled.classes), l2=config.l2)
@@ -37,7 +37,7 @@ def _linear_sgd(setting: Setting, source: Path, run: Path, resume: bool) -> dict
     recipe = setting.recipe
     config = recipe.linear
     labelled = setting.labelled(config.labels)
-    encoder = load_encoder(source)
+    encoder, facts = load_encoder(source)
     head = ProjectionHead(encoder.out_channels, 0)
     network = ClassifierNet(encoder, head, Classifier(encoder.out_channels, len(labelled.classes)))
     outcome = train(
@@ -48,8 +48,7 @@ def _linear_sgd(setting: Setting, source: Path, run: Path, resume: bool) -> dict
         source=labelled,
         config=config,
         policy=setting.crop_flip_policy(),
-        facts=load_network_facts(source)
-        | {"classes": list(labelled.classes), "head_layer": 0, "start": digest(encoder)},
+        facts=facts | {"classes": list(labelled.classes), "head_layer": 0, "start": digest(encoder)},
         resume=resume,
     )
     metrics = classifier_metrics(setting, network)
@@ -68,12 +67,12 @@ def evaluate_knn(setting: Setting, source: Path, run: Path, resume: bool) -> dic
         test = extract(network, setting.passes(val), policy, runtime)
         return knn(bank, test, len(labelled.classes), k=config.k, temperature=config.temperature)
 
-    encoder = runtime.place(load_encoder(source)).eval()
+    trained, made = load_encoder(source)
+    encoder = runtime.place(trained).eval()
     metrics = measure(encoder)
     if config.baselines:
         torch.manual_seed(recipe.seed)
-        facts = load_network_facts(source)
-        untrained = runtime.place(build_encoder(ModelConfig(**facts["model"]), facts["size"]))
+        untrained = runtime.place(build_encoder(ModelConfig(**made["model"]), made["size"]))
         calibrate_bn(untrained, setting.passes(setting.first(labelled, _CALIBRATION_IMAGES)), policy, runtime)
         metrics["untrained_top1"] = measure(untrained)["top1"]
         metrics["raw_pixels_top1"] = measure(raw_pixels)["top1"]

@@ -45,14 +45,8 @@ def digest(network: nn.Module) -> str:
     return whole.hexdigest()[:16]
 
 
-def load_network_facts(run: Path) -> dict[str, Any]:
-    """The `network_facts` of a run's newest checkpoint."""
-    facts = _load(run)[1]["facts"]
-    return {key: facts[key] for key in ("model", "size", "classes", "head_layer")}
-
-
-def load_simclr(run: Path) -> SimCLRNet:
-    """Encoder and projection head of a pretraining run. CheckpointError for a run of another stage."""
+def load_simclr(run: Path) -> tuple[SimCLRNet, dict[str, Any]]:
+    """Encoder and head of a pretraining run, and its `network_facts`. CheckpointError for a run of another stage."""
     path, state = _load(run)
     if state["stage"] != "pretrain":
         raise checkpoint.CheckpointError(
@@ -61,16 +55,16 @@ def load_simclr(run: Path) -> SimCLRNet:
     facts = state["facts"]
     network = build_simclr(ModelConfig(**facts["model"]), facts["size"])
     load_weights(network, _below(state["objective"], "network."), str(path))
-    return network
+    return network, _network_facts_of(state)
 
 
-def load_encoder(run: Path) -> ResNet:
-    """The encoder that a run of any training stage trained."""
+def load_encoder(run: Path) -> tuple[ResNet, dict[str, Any]]:
+    """The encoder that a run of any training stage trained, and its `network_facts`."""
     path, state = _load(run)
     facts = state["facts"]
     encoder = build_encoder(ModelConfig(**facts["model"]), facts["size"])
     load_weights(encoder, _below(state["objective"], _TRAINED[state["stage"]] + "encoder."), str(path))
-    return encoder
+    return encoder, _network_facts_of(state)
 
 
 def load_classifier(run: Path) -> tuple[ClassifierNet, tuple[str, ...]]:
@@ -96,6 +90,10 @@ def _load(run: Path) -> tuple[Path, dict[str, Any]]:
     if state["step"] < state["total_steps"]:
         logger.warning("%s is of step %d of %d: that run has not finished", path, state["step"], state["total_steps"])
     return path, state
+
+
+def _network_facts_of(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: state["facts"][key] for key in ("model", "size", "classes", "head_layer")}
 
 
 def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
