@@ -17,6 +17,7 @@ import fastsimclr
 from fastsimclr import stages
 from fastsimclr.checkpoint import write_text
 from fastsimclr.models.resnet import Arch
+from fastsimclr.ranks import Launch, launched
 from fastsimclr.recipe import Recipe, add_recipe_arguments, check_sections, parse_recipe, recipe_from, recipe_keys
 from fastsimclr.stopping import Stopped
 
@@ -36,8 +37,13 @@ _COMMANDS = {
     "distill": "Distill a fine-tuned network into a student.",
     "run": "All of them in a row; the same command again goes on where it stopped.",
     "demo": "The whole chain on embedded images, in a few minutes on a CPU.",
+    "import-tf": "Google's TensorFlow checkpoint as a run folder.",
+    "export": "The weights of a run for torchvision, as safetensors or as ONNX.",
+    "embed": "Features of a folder of images, to .npy or Parquet.",
+    "predict": "Classes of a folder of images, to CSV.",
     "bench": "Measure loader, step or training beside a baseline; compare two reports.",
 }
+_TOOLS = ("import-tf", "export", "embed", "predict", "bench")  # without a recipe, and in one process
 
 
 class _Parser(ArgumentParser):
@@ -49,7 +55,8 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
-        self.exit(2, f"error: {_one_line(message)}; see {command} --help\n")
+        first = launched().ranks.first  # of several ranks one says it
+        self.exit(2, f"error: {_one_line(message)}; see {command} --help\n" if first else None)
 
 
 class _StageParser(_Parser):
@@ -71,14 +78,46 @@ def _parser(chosen: str | None) -> ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastsimclr {fastsimclr.__version__}")
     commands = parser.add_subcommands(metavar="COMMAND")
     for name, summary in _COMMANDS.items():
-        staged = name == chosen and name != "bench"
+        staged = name == chosen and name not in _TOOLS
         command = _stage_parser(name, summary) if staged else _Parser(description=summary)
         commands.add_subcommand(name, command, help=summary)
-        if name == chosen == "bench":
-            from fastsimclr.bench.command import add_benches  # torchvision's networks, not for the other commands
-
-            add_benches(command, _Parser)
+        if name == chosen and not staged:
+            _add_tool(name, command)
     return parser
+
+
+def _add_tool(name: str, parser: ArgumentParser) -> None:
+    """The options of a tool, whose modules no other command needs."""
+    if name == "bench":
+        from fastsimclr.bench.command import add_benches
+
+        add_benches(parser, _Parser)
+    elif name == "import-tf":
+        from fastsimclr.stages.imported import add_import_arguments
+
+        add_import_arguments(parser)
+    else:
+        from fastsimclr.deploy.command import add_deploy
+
+        add_deploy(name, parser)
+
+
+def _run_tool(name: str, options: Namespace) -> int:
+    if launched().ranks.world > 1:
+        raise ValueError(f"fastsimclr {name} runs in one process; start it without torchrun")
+    if name == "bench":
+        from fastsimclr.bench.command import run_bench
+
+        run_bench(options)
+        return 0
+    if name == "import-tf":
+        from fastsimclr.stages.imported import run_import
+
+        run_import(options)
+        return 0
+    from fastsimclr.deploy.command import run_deploy
+
+    return run_deploy(name, options)
 
 
 def _stage_parser(name: str, summary: str) -> ArgumentParser:
@@ -115,26 +154,38 @@ _CHAINED = ("linear", "knn", "finetune", "distill")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors are one line, with --traceback also Python's trace."""
     words = _plain(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
+    launch = Launch()
     try:
+        launch = launched()
+        mine = "" if launch.ranks.first else f"[rank {launch.ranks.rank}] "
+        level = logging.WARNING if mine else logging.INFO
+        logging.basicConfig(format=f"{mine}%(message)s", stream=sys.stderr, level=level)
+        launch.enter()
         parser = _parser(next((word for word in words if word in _COMMANDS), None))
         parsed = parser.parse_args(_with_recipes(words))
-        _execute(parsed.subcommand, parser.instantiate(parsed)[parsed.subcommand])
+        command, options = parsed.subcommand, parser.instantiate(parsed)[parsed.subcommand]
+        code = _run_tool(command, options) if command in _TOOLS else _run_stages(command, options)
+        launch.wait()
     except Stopped as stop:
         again = "" if words[0] in ("run", "demo") or ("--resume", "auto") in pairwise(words) else " with --resume auto"
-        print(f"\n{stop}; give the same command{again} to go on", file=sys.stderr)
+        if launch.ranks.first:
+            print(f"\n{stop}; give the same command{again} to go on", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        if launch.ranks.first:
+            print("\ninterrupted", file=sys.stderr)
         return 130
     except Exception as error:
         if "--traceback" in words:
             traceback.print_exc()
         kind = "" if isinstance(error, ValueError | OSError | ArithmeticError) else f"{type(error).__name__}: "
         trace = " (--traceback shows where)" if kind and "--traceback" not in words else ""
-        print(f"error: {kind}{_one_line(str(error))}{trace}", file=sys.stderr)
+        if said := launch.blame(error, f"{kind}{_one_line(str(error))}{trace}"):
+            print(f"error: {said}", file=sys.stderr)
         return 1
-    return 0
+    finally:
+        launch.leave()
+    return code
 
 
 def _one_line(text: str) -> str:
@@ -182,15 +233,17 @@ def _known(name: str) -> str:
     packaged = CONFIGS / f"{path.stem}.yaml"
     if packaged.is_file() and path.suffix in ("", ".yaml") and path.parent in (Path(), Path("configs")):
         return str(packaged)
+    if path.stem == "v2-paper":
+        raise ValueError(
+            "--config v2-paper needs SimCLRv2's memory (a momentum encoder and a queue of negatives), which this version"
+            " lacks; use v2-nomemory, the same recipe without it"
+        )
     known = ", ".join(path.name for path in sorted(CONFIGS.glob("*.yaml")))
     raise FileNotFoundError(f"--config {name} is not a file; give a file, or one of {known}")
 
 
-def _execute(command: str, options: Namespace) -> None:
-    if command == "bench":
-        from fastsimclr.bench.command import run_bench
-
-        return run_bench(options)
+def _run_stages(command: str, options: Namespace) -> int:
+    first = launched().ranks.first
     recipe = recipe_from(options)
     start = options.get("from") or options.get("teacher")
     run = start and str(Path(start).parent.parent if Path(start).is_file() else Path(start))  # a file is a checkpoint
@@ -198,18 +251,19 @@ def _execute(command: str, options: Namespace) -> None:
     if command in ("run", "demo"):
         runs = stages.run_seeds(recipe, out, options.seeds)
         table = stages.summary(runs)
-        write_text(out / "summary.txt", table + "\n")
-        print(f"\n{table}\nresults: {out}")
-        return
+        if first:
+            write_text(out / "summary.txt", table + "\n")
+            print(f"\n{table}\nresults: {out}")
+        return 0
     if start is not None:
         _check_model(recipe, Path(start))
     student = options.get("student")
     if student is not None:
         recipe = replace(recipe, distill=replace(recipe.distill, student=replace(recipe.distill.student, arch=student)))
     result = _stage(command, recipe, start and Path(start), out, options.resume == "auto")
-    for key, value in result["metrics"].items():
-        print(f"{key}: {value:.4f}")
-    print(f"result: {out / 'result.json'}")
+    if first:
+        print("\n".join([*stages.result_lines(result), f"result: {out / 'result.json'}"]))
+    return 0
 
 
 def _check_model(recipe: Recipe, start: Path) -> None:

@@ -1,12 +1,17 @@
-"""Evaluation of frozen features: weighted kNN, logistic regression, and the accuracy of a classifier."""
+"""Evaluation of frozen features: weighted kNN, logistic regression, and the accuracy of a classifier, over all ranks.
 
-# N images to classify, T labelled images, C channels, K classes
+Each rank holds the features of its part of the images. What is reported comes from counts summed over the ranks, so
+that parts of unequal length, and images left out as damaged, change nothing.
+"""
+
+# N images to classify, T labelled images, C channels, K classes, S settings
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +20,58 @@ from torch.nn import functional as F
 from fastsimclr.feed import ship
 from fastsimclr.loaders import Batch, Policy
 from fastsimclr.models import BatchNorm
+from fastsimclr.ranks import Ranks
 from fastsimclr.runtime import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What a network says of a set of images: values float32 [N, C] on the device, labels int64 [N] on the device."""
+    """What a network says of this rank's images: values float [N, C] on the device, labels int64 [N] on the device."""
 
     values: Tensor
     labels: Tensor
+
+    def and_also(self, other: Features) -> Features:
+        """These rows, then those of `other`."""
+        return Features(values=torch.cat([self.values, other.values]), labels=torch.cat([self.labels, other.labels]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How often a classifier was right over all ranks. counts_3K: int64 on the CPU: images, top-1 hits, top-5 hits of
+    each true class."""
+
+    counts_3K: Tensor
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """top1 and, with more than five classes, top5: fractions of all images."""
+        images, top1, top5 = self.counts_3K.sum(dim=1).tolist()
+        result = {"top1": top1 / images}
+        if self.counts_3K.shape[1] > 5:
+            result["top5"] = top5 / images
+        return result
+
+    @property
+    def top1(self) -> float:
+        """The fraction of all images whose best class is the true one."""
+        return self.metrics["top1"]
+
+    def per_class(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """One entry a class, in order: its name, how many images it has, and how many of them were right (top-1)."""
+        images, correct, _ = self.counts_3K.tolist()
+        return [
+            {"name": name, "images": n, "correct": right} for name, n, right in zip(names, images, correct, strict=True)
+        ]
 
 
 def extract(
     network: Callable[[Tensor], Tensor], batches: Iterable[Batch], policy: Policy, runtime: Runtime
 ) -> Features:
-    """Run `network` without gradient over one sequential pass and keep its outputs."""
+    """Run `network` without gradient over one sequential pass of this rank's part and keep its outputs, float32.
+
+    Every rank calls it. ValueError where no rank has an image; a rank without any gets 0 rows.
+    """
     values, labels = [], []
     with torch.no_grad():
         for batch in batches:
@@ -37,8 +79,13 @@ def extract(
             with runtime.autocast():
                 values.append(network(shipment.views(policy, runtime.view_dtype)).float())
             labels.append(shipment.labels)
-    if not values:
+    shapes = runtime.ranks.gather(tuple(values[0].shape[1:]) if values else None)
+    shape = next((shape for shape in shapes if shape is not None), None)
+    if shape is None:
         raise ValueError("there is no image to evaluate; check data.val and data.val_fraction")
+    if not values:
+        nothing = torch.empty(0, *shape, device=runtime.device)
+        return Features(values=nothing, labels=torch.empty(0, dtype=torch.int64, device=runtime.device))
     return Features(values=torch.cat(values), labels=torch.cat(labels))
 
 
@@ -48,7 +95,10 @@ def raw_pixels(images: Tensor) -> Tensor:
 
 
 def calibrate_bn(encoder: nn.Module, batches: Iterable[Batch], policy: Policy, runtime: Runtime) -> None:
-    """Set the BN statistics of `encoder` to the averages over these batches; weights stay as they are."""
+    """Set the BN statistics of `encoder` to the averages over these batches; weights stay as they are.
+
+    Give every rank the same batches, not its part of them: the statistics are each rank's own.
+    """
     norms = [module for module in encoder.modules() if isinstance(module, BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     encoder.train()
@@ -65,49 +115,87 @@ def calibrate_bn(encoder: nn.Module, batches: Iterable[Batch], policy: Policy, r
     encoder.eval()
 
 
-def accuracy(logits_NK: Tensor, labels: Tensor) -> dict[str, float]:
-    """top1 and, with more than five classes, top5: fractions of the N rows."""
-    ranked = logits_NK.topk(min(5, logits_NK.shape[1]), dim=1).indices == labels[:, None]
-    result = {"top1": ranked[:, 0].float().mean().item()}
-    if logits_NK.shape[1] > 5:
-        result["top5"] = ranked.any(dim=1).float().mean().item()
-    return result
+def _counts(scores_NK: Tensor, labels_N: Tensor) -> Tensor:
+    """int64 [3, K]: images, top-1 hits and top-5 hits of each true class."""
+    ranked = scores_NK.topk(min(5, scores_NK.shape[1]), dim=1).indices == labels_N[:, None]
+    hits_3N = torch.stack([torch.ones_like(labels_N), ranked[:, 0].long(), ranked.any(dim=1).long()])
+    counts_3K = torch.zeros(3, scores_NK.shape[1], dtype=torch.int64, device=scores_NK.device)
+    return counts_3K.scatter_add_(1, labels_N.expand(3, -1), hits_3N)
 
 
-def knn(train: Features, test: Features, classes: int, *, k: int, temperature: float) -> dict[str, float]:
+def score(scores_NK: Tensor, labels_N: Tensor, ranks: Ranks) -> Score:
+    """How often the largest of the scores (logits, votes) is that of the label. The rows are this rank's."""
+    return Score(counts_3K=ranks.total(_counts(scores_NK, labels_N)).cpu())
+
+
+def knn(
+    train: Features, test: Features, classes: int, *, ks: Sequence[int], temperatures: Sequence[float], ranks: Ranks
+) -> dict[tuple[int, float], Score]:
     """Weighted kNN on cosine similarity, each neighbour voting exp(similarity / temperature). Wu et al. 2018, Sec. 3.4.
 
-    k is cut to the number of labelled images. O(block·T) memory.
+    The score of each (k, temperature), the first of both first; k is cut to the number of labelled images. Each rank
+    classifies its own images by the labelled ones of all ranks: T·C numbers in memory, and those of a block of images
+    against them.
     """
-    k = min(k, len(train.labels))
-    bank_TC, query_NC = F.normalize(train.values, dim=1), F.normalize(test.values, dim=1)
-    votes = []
-    for block in torch.split(query_NC, max(1, 2**24 // len(bank_TC))):
-        similarity, index = (block @ bank_TC.T).topk(k, dim=1)
-        weight = ((similarity - 1) / temperature).exp()
-        votes.append(weight.new_zeros(len(block), classes).scatter_add_(1, train.labels[index], weight))
-    return accuracy(torch.cat(votes), test.labels)
+    bank_TC = ranks.gather_rows(F.normalize(train.values, dim=1))
+    labels_T = ranks.gather_rows(train.labels)
+    settings = list(dict.fromkeys((min(k, len(bank_TC)), temperature) for k in ks for temperature in temperatures))
+    most = max(k for k, _ in settings)
+    counts_S3K = torch.zeros(len(settings), 3, classes, dtype=torch.int64, device=bank_TC.device)
+    rows = max(1, 2**24 // len(bank_TC))
+    blocks = torch.split(F.normalize(test.values, dim=1), rows), torch.split(test.labels, rows)
+    for block_NC, truth_N in zip(*blocks, strict=True):
+        similarity, index = (block_NC @ bank_TC.T).topk(most, dim=1)  # the nearest first
+        neighbours = labels_T[index]
+        for s, (k, temperature) in enumerate(settings):
+            weight = ((similarity[:, :k] - 1) / temperature).exp()
+            votes_NK = weight.new_zeros(len(block_NC), classes).scatter_add_(1, neighbours[:, :k], weight)
+            counts_S3K[s] += _counts(votes_NK, truth_N)
+    summed = ranks.total(counts_S3K).cpu()
+    return {setting: Score(counts_3K=counts) for setting, counts in zip(settings, summed, strict=True)}
 
 
-def logistic_regression(train: Features, test: Features, classes: int, *, l2: float) -> tuple[dict[str, float], int]:
-    """Multinomial logistic regression by L-BFGS on features of length sqrt(C); accuracy on `test`, and its iterations.
+@dataclass(frozen=True, kw_only=True)
+class Logistic:
+    """A linear classifier on features of length sqrt(C): weight [K, C], bias [K], and the solver's iterations."""
 
-    Minimises mean cross-entropy + l2 / 2 · |W|² (the bias is free).
+    weight: Tensor
+    bias: Tensor
+    iterations: int
+
+    def score(self, test: Features, ranks: Ranks) -> Score:
+        """How often it is right on the images of all ranks."""
+        return score(F.linear(_unit_rms(test.values), self.weight, self.bias), test.labels, ranks)
+
+
+def logistic_regression(train: Features, classes: int, *, l2: float, ranks: Ranks) -> Logistic:
+    """Multinomial logistic regression by L-BFGS on features of length sqrt(C), in their dtype.
+
+    Minimises mean cross-entropy + l2 / 2 · |W|² over the labelled images of all ranks (the bias is free). Each rank
+    keeps its own images; the loss and its gradient are summed, so that every rank takes the same steps.
     """
-    x_TC, y_NC = (math.sqrt(f.values.shape[1]) * F.normalize(f.values, dim=1) for f in (train, test))
-    weight = torch.zeros(classes, x_TC.shape[1], device=x_TC.device, requires_grad=True)
-    bias = torch.zeros(classes, device=x_TC.device, requires_grad=True)
+    x_TC = _unit_rms(train.values)
+    total = ranks.total(torch.tensor(len(x_TC), device=x_TC.device))
+    weight = x_TC.new_zeros(classes, x_TC.shape[1], requires_grad=True)
+    bias = x_TC.new_zeros(classes, requires_grad=True)
     solver = torch.optim.LBFGS(
         [weight, bias], max_iter=200, tolerance_grad=1e-5, history_size=20, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:
-        solver.zero_grad()
-        loss = F.cross_entropy(F.linear(x_TC, weight, bias), train.labels) + 0.5 * l2 * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+        mine = F.cross_entropy(F.linear(x_TC, weight, bias), train.labels, reduction="sum") / total
+        d_weight, d_bias = torch.autograd.grad(mine, (weight, bias))
+        summed = ranks.total(torch.cat([mine.detach()[None], d_weight.flatten(), d_bias]))
+        loss, d_weight, d_bias = torch.split(summed, [1, weight.numel(), classes])
+        weight.grad = torch.add(d_weight.view_as(weight), weight.detach(), alpha=l2)
+        bias.grad = d_bias.clone()
+        whole: Tensor = loss[0] + 0.5 * l2 * weight.detach().square().sum()
+        return whole
 
     solver.step(closure)  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        result = accuracy(F.linear(y_NC, weight, bias), test.labels)
-    return result, int(solver.state[weight]["n_iter"])
+    return Logistic(weight=weight.detach(), bias=bias.detach(), iterations=int(solver.state[weight]["n_iter"]))
+
+
+def _unit_rms(values: Tensor) -> Tensor:
+    """Each row scaled to length sqrt(C), a root mean square of 1."""
+    return math.sqrt(values.shape[1]) * F.normalize(values, dim=1)

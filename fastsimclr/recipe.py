@@ -68,26 +68,69 @@ class LinearConfig:
         default_factory=lambda: OptimConfig(name="sgd", lr=0.1, nesterov=True, weight_decay=0.0, warmup_epochs=0)
     )
     """sgd: optimizer and schedule. 0.1·B/256 with Nesterov momentum (google-research/simclr)."""
+    sweep_l2: tuple[float, ...] = ()
+    """lbfgs: try these instead of l2. The best on held-out training labels is fitted again on all of them."""
+    sweep_lr: tuple[float, ...] = ()
+    """sgd: train one classifier with each of these instead of optim.lr, side by side on the same features, and keep the
+    best on held-out training labels."""
+    sweep_weight_decay: tuple[float, ...] = ()
+    """sgd: likewise instead of optim.weight_decay; with sweep_lr, every pair."""
+    sweep_holdout: float = 0.1
+    """Share of each class's training labels that a sweep chooses on, at least one image, at most 10,000 in all."""
 
     def __post_init__(self) -> None:
         _positive("linear", self, "epochs", "batch", "l2")
+        for key, method in (("sweep_l2", "lbfgs"), ("sweep_lr", "sgd"), ("sweep_weight_decay", "sgd")):
+            values = getattr(self, key)
+            if values and method != self.method:
+                raise ValueError(
+                    f"linear.{key}={list(values)} is for linear.method={method}, not {self.method}; leave it out"
+                )
+            lowest = 0.0 if key == "sweep_weight_decay" else math.ulp(0.0)
+            if not all(lowest <= value < math.inf for value in values):
+                rule = "at least 0" if lowest == 0 else "greater than 0"
+                raise ValueError(f"linear.{key}={list(values)}: each must be {rule} and finite")
+            if len(set(values)) < len(values):
+                raise ValueError(f"linear.{key}={list(values)} has a value twice; give each once")
+        if not 0 < self.sweep_holdout < 1:
+            raise ValueError(f"linear.sweep_holdout={self.sweep_holdout} must be between 0 and 1")
+
+    @property
+    def swept(self) -> tuple[tuple[float, float], ...]:
+        """sgd: the (learning rate, weight decay) of each classifier of the sweep; () without one."""
+        if not (self.sweep_lr or self.sweep_weight_decay):
+            return ()
+        rates, decays = self.sweep_lr or (self.optim.lr,), self.sweep_weight_decay or (self.optim.weight_decay,)
+        return tuple((lr, decay) for lr in rates for decay in decays)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnnConfig:
     """Weighted k-nearest-neighbour evaluation on cosine similarity. Wu et al. 2018, Sec. 3.4."""
 
-    k: int = 200
-    """Neighbours; all labelled images where fewer."""
-    temperature: float = 0.1
-    """A neighbour's vote weighs exp(similarity / temperature)."""
+    k: int | tuple[int, ...] = 200
+    """Neighbours; all labelled images where fewer. Of several, each with each temperature, the first gives top1."""
+    temperature: float | tuple[float, ...] = 0.1
+    """A neighbour's vote weighs exp(similarity / temperature). One or several, as k."""
     labels: Labels = "all"
     """Which training labels vote."""
     baselines: bool = True
     """Also measure raw pixels and the untrained network with calibrated BN statistics."""
 
     def __post_init__(self) -> None:
-        _positive("knn", self, "k", "temperature")
+        for key, values in (("k", self.ks), ("temperature", self.temperatures)):
+            if not values or not all(0 < value < math.inf for value in values):
+                raise ValueError(f"knn.{key}={getattr(self, key)} must be greater than 0 and finite, one or several")
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """k as a tuple."""
+        return self.k if isinstance(self.k, tuple) else (self.k,)
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """temperature as a tuple."""
+        return self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,17 +45,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 class RunLog:
     """Appends records to RUN/metrics.jsonl, mirrors numbers to TensorBoard, and draws the bar.
 
+    run: None for a rank that writes nothing, as all but the first.
     `from_step`: records of later steps are dropped first, so that a resumed run has each step once.
     """
 
-    def __init__(self, run: Path, *, title: str, total_steps: int, from_step: int) -> None:
-        self._path = run / "metrics.jsonl"
-        kept = [record for record in read_records(self._path) if record["step"] <= from_step]
-        temporary = self._path.with_name("metrics.jsonl.tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        temporary.replace(self._path)  # a crash here must not cost the earlier records
-        self._file = self._path.open("a", buffering=1)
-        self._board = _tensorboard(run, from_step)
+    def __init__(self, run: Path | None, *, title: str, total_steps: int, from_step: int) -> None:
         self._bar = tqdm(
             total=total_steps,
             initial=from_step,
@@ -63,12 +57,23 @@ class RunLog:
             unit="step",
             dynamic_ncols=True,
             mininterval=0.5,
-            disable=not sys.stderr.isatty(),
+            disable=run is None or not sys.stderr.isatty(),
         )
+        self._file = self._board = None
+        if run is None:
+            return
+        path = run / "metrics.jsonl"
+        kept = [record for record in read_records(path) if record["step"] <= from_step]
+        temporary = path.with_name("metrics.jsonl.tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        temporary.replace(path)  # a crash here must not cost the earlier records
+        self._file = path.open("a", buffering=1)
+        self._board = _tensorboard(run, from_step)
 
     def record(self, kind: str, step: int, values: dict[str, float]) -> None:
         """One line: what kind of record, after which step, and its numbers."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        if self._file is not None:
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         if self._board is not None:
             for key, value in values.items():
                 self._board.add_scalar(f"{kind}/{key}", value, step)
@@ -80,7 +85,8 @@ class RunLog:
 
     def close(self) -> None:
         self._bar.close()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

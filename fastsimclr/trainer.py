@@ -6,6 +6,7 @@ import contextlib
 import math
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,16 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastsimclr import checkpoint
 from fastsimclr.feed import Feed, Shipment
 from fastsimclr.loaders import Batch, Policy
-from fastsimclr.models import load_weights
+from fastsimclr.models import average_running_statistics, batch_groups, load_weights, set_groups
 from fastsimclr.objectives import Objective
 from fastsimclr.optim import Schedule, set_lr
+from fastsimclr.ranks import Agreement, Ranks, reached
 from fastsimclr.runlog import RunLog, logger
 from fastsimclr.runtime import Runtime
 from fastsimclr.stopping import StopFlag, Stopped
@@ -30,9 +33,9 @@ from fastsimclr.stopping import StopFlag, Stopped
 class TrainerConfig:
     """The loop: precision, logging and checkpoints."""
 
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"
     """Autocast precision; weights stay float32. auto: bf16 on CUDA and on CPUs with AMX, else fp32. fp16 adds a loss
-    scaler, which waits for the device once a step."""
+    scaler, which waits for the device once a step. fp64 trains double weights: slow, to compare two runs exactly."""
     channels_last: bool = True
     """Keep activations and convolution weights channels-last."""
     log_every_steps: int = 20
@@ -41,18 +44,31 @@ class TrainerConfig:
     """Steps between two checkpoints. One more is always written at the end and on a clean stop."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
+    bn_groups: Literal["global", "node", "rank"] | int = "node"
+    """Which images of the global batch share BN statistics in training: all of them (global), those of one machine
+    (node), those of one rank (rank), or that many equal parts of the batch. A resumed run keeps its number of parts."""
+    timeout_s: float = 600.0
+    """Seconds that a rank waits for the others in one exchange before the run fails."""
 
     def __post_init__(self) -> None:
         for key in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
             if getattr(self, key) < 1:
                 raise ValueError(f"trainer.{key}={getattr(self, key)} must be at least 1")
+        if isinstance(self.bn_groups, int) and self.bn_groups < 1:
+            raise ValueError(f"trainer.bn_groups={self.bn_groups} must be global, node, rank or at least 1")
+        if not 0 < self.timeout_s < math.inf:
+            raise ValueError(f"trainer.timeout_s={self.timeout_s} must be greater than 0 and finite")
 
 
 class Hook(Protocol):
-    """Called after each step, outside the step itself; returns numbers to record, or None."""
+    """Called on every rank after the steps at which it is due, outside the step itself; returns numbers to record.
+
+    Until then the BN statistics may differ between the ranks; a hook that is due finds them averaged.
+    """
 
     kind: str
 
+    def due(self, step: int) -> bool: ...
     def __call__(self, step: int) -> dict[str, float] | None: ...
 
 
@@ -60,7 +76,8 @@ class Hook(Protocol):
 class Job:
     """What is trained, on what, and where its state goes. Everything the loop needs that is not a setting of the loop.
 
-    batches(start, stop): the loader's batches for those steps. facts: what must be equal for a resume to be exact.
+    batches(start, stop): the rank's batches for those steps. batch: images a step, over all ranks.
+    facts: what must be equal for a resume to be exact.
     resume: continue from the newest checkpoint in `run`, if there is one; False refuses a folder that has one.
     """
 
@@ -71,6 +88,7 @@ class Job:
     schedule: Schedule
     batches: Callable[[int, int], Iterable[Batch]]
     policy: Policy
+    batch: int
     seed: int
     fingerprint: str
     recipe: str
@@ -80,22 +98,28 @@ class Job:
 
 
 class Trainer:
-    """Runs a job from step 0, or from its newest checkpoint, to the schedule's end."""
+    """Runs a job from step 0, or from its newest checkpoint, to the schedule's end. Every rank runs one.
+
+    bn_groups: in how many parts of the global batch BN takes its statistics.
+    """
 
     def __init__(self, config: TrainerConfig, runtime: Runtime, job: Job) -> None:
         self.config, self.runtime, self.job = config, runtime, job
+        self.ranks = runtime.ranks
+        self.bn_groups = bn_groups(config, self.ranks)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         self.step = 0
         self.trained_s = 0.0
         self.last: dict[str, float] = {}
 
     def fit(self) -> dict[str, float]:
-        """Train to the end and return the last record. Stopped when asked to stop first (state saved)."""
+        """Train to the end and return the last record. Stopped when any rank was asked to stop first (state saved)."""
         self._start()
         job, config, total = self.job, self.config, self.job.schedule.total_steps
         if self.step >= total:
             return self.last
-        log = RunLog(job.run, title=job.stage, total_steps=total, from_step=self.step)
+        network = self._parallel()
+        log = RunLog(job.run if self.ranks.first else None, title=job.stage, total_steps=total, from_step=self.step)
         job.objective.train()
         batches = job.batches(self.step, total)
         with (
@@ -103,43 +127,75 @@ class Trainer:
             StopFlag() as flag,
             Feed(batches, job.policy, seed=job.seed, views=job.objective.views, runtime=self.runtime) as feed,
         ):
-            meter = _Meter(feed)
+            meter, stop = _Meter(feed, self.runtime), Agreement(self.ranks)
             for shipment in feed:
                 rate = job.schedule(self.step)
-                self._train_step(shipment, rate, meter)
+                self._train_step(network, shipment, rate, meter)
                 self.step += 1
-                signum = flag.signum  # read once: what comes later is for the next step
-                save = signum is not None or self.step == total or self.step % config.checkpoint_every_steps == 0
+                reached(self.step)
+                signum = stop.propose(flag.signum or 0)  # read once: what comes later is for the next step
+                save = signum > 0 or self.step == total or self.step % config.checkpoint_every_steps == 0
                 if save or self.step % config.log_every_steps == 0:
                     self.last = self._read(meter, rate)
                     log.record("train", self.step, self.last)
                     log.progress(self.step, _shown(self.last))
                 with meter.paused():
-                    for hook in job.hooks:
-                        values = hook(self.step)
-                        if values is not None:
-                            log.record(hook.kind, self.step, values)
-                            job.objective.train()
+                    self._run_hooks(log)
                     path = self._save() if save else None
-                if signum is not None:
+                if signum:
                     break
-            if flag.signum is not None:  # the state is saved: of this step, or of the last
-                raise Stopped(
-                    flag.signum, f"{job.stage}: stopped at step {self.step} of {total}, state saved in {path}"
-                )
+            signum = stop.final(flag.signum or 0)  # which also waits for rank 0 and its file
+            if signum:  # the state is saved: of this step, or of the last
+                raise Stopped(signum, f"{job.stage}: stopped at step {self.step} of {total}, state saved in {path}")
         return self.last
 
-    def _train_step(self, shipment: Shipment, rate: float, meter: _Meter) -> None:
+    def _parallel(self) -> _Parallel:
+        """The objective with its BN groups, and gradients averaged over the ranks."""
+        job, ranks = self.job, self.ranks
+        job.objective.group = ranks.group
+        alone = ranks.world == 1 and self.bn_groups == 1
+        groups = batch_groups(
+            self.bn_groups, views=job.objective.views, rank=ranks.rank, world=ranks.world, group=ranks.group
+        )
+        set_groups(job.objective, None if alone else groups)
+        step = _Step(job.objective)
+        if ranks.world == 1:
+            return step
+        with warnings.catch_warnings():  # torch 2.15 renamed the option, earlier versions do not know the new name
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return DistributedDataParallel(
+                step,
+                device_ids=[self.runtime.device] if self.runtime.device.type == "cuda" else None,
+                process_group=ranks.group,
+                broadcast_buffers=False,  # BN's statistics are averaged before anybody reads them
+                gradient_as_bucket_view=True,
+                static_graph=True,
+            )
+
+    def _run_hooks(self, log: RunLog) -> None:
+        for hook in self.job.hooks:
+            if not hook.due(self.step):
+                continue
+            self._settle()
+            if (values := hook(self.step)) is not None:
+                log.record(hook.kind, self.step, values)
+            self.job.objective.train()
+
+    def _settle(self) -> None:
+        """One set of BN statistics on all ranks, before anybody reads them."""
+        average_running_statistics(self.job.objective, self.ranks.group)
+
+    def _train_step(self, network: _Parallel, shipment: Shipment, rate: float, meter: _Meter) -> None:
         job = self.job
         set_lr(job.optimizer, rate)
         with self.runtime.autocast():
             images = shipment.views(job.policy, self.runtime.view_dtype)
-            outcome = job.objective(images, shipment.labels)
-        self.scaler.scale(outcome.loss).backward()
+            loss, metrics = network(images, shipment.labels)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.step(job.optimizer)
         self.scaler.update()
         job.optimizer.zero_grad(set_to_none=True)
-        meter.add(len(shipment.ids), {"loss": outcome.loss.detach(), **outcome.metrics})
+        meter.add(len(shipment.ids), {"loss": loss.detach(), **metrics})
 
     def _read(self, meter: _Meter, rate: float) -> dict[str, float]:
         values = meter.read()
@@ -159,19 +215,40 @@ class Trainer:
 
     def _start(self) -> None:
         job = self.job
-        job.run.mkdir(parents=True, exist_ok=True)
-        existing = checkpoint.saved(job.run)
-        if existing and not job.resume:
+        found = self.ranks.on_first(self._newest)
+        if found is not None:
+            self._restore(*found)
+        if job.batch % self.bn_groups:
+            raise ValueError(
+                f"trainer.bn_groups={self.config.bn_groups} makes {self.bn_groups} parts, which do not divide"
+                f" {job.stage}.batch={job.batch}; use a number that does"
+            )
+        if self.ranks.first:
+            checkpoint.write_text(job.run / "recipe.yaml", job.recipe)
+
+    def _newest(self) -> tuple[Path, dict[str, Any]] | None:
+        run = self.job.run
+        run.mkdir(parents=True, exist_ok=True)
+        existing = checkpoint.saved(run)
+        if existing and not self.job.resume:
             raise FileExistsError(
-                f"run folder {job.run} already holds {existing[-1].name}; give --resume auto to continue it,"
+                f"run folder {run} already holds {existing[-1].name}; give --resume auto to continue it,"
                 " or another --out"
             )
-        if existing:
-            self._restore(existing[-1])
-        checkpoint.write_text(job.run / "recipe.yaml", job.recipe)
+        return (existing[-1], checkpoint.load(existing[-1])) if existing else None
 
-    def _save(self) -> Path:
+    def _facts(self) -> dict[str, Any]:
+        return {**self.job.facts, "batch": self.job.batch, "bn_groups": self.bn_groups}
+
+    def _save(self) -> Path | None:
+        """Written by rank 0, whose path it returns; when any rank returns, the statistics are one everywhere.
+
+        The generators are those of rank 0: nothing in a step draws from them, and a rank more needs some, too.
+        """
+        self._settle()
         job = self.job
+        if not self.ranks.first:
+            return None
         return checkpoint.save(
             job.run,
             {
@@ -184,19 +261,22 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "rng": rng_state(self.runtime.device),
                 "fingerprint": job.fingerprint,
-                "facts": job.facts,
+                "facts": self._facts(),
                 "trained_s": self.trained_s,
                 "last": self.last,
             },
             self.config.keep_checkpoints,
         )
 
-    def _restore(self, path: Path) -> None:
+    def _restore(self, path: Path, state: dict[str, Any]) -> None:
         job = self.job
-        state = checkpoint.load(path)
+        begun = state["facts"].setdefault("bn_groups", 1)
+        if isinstance(self.config.bn_groups, str) and begun != self.bn_groups:
+            logger.info("%s: BN keeps the %d parts of the batch that the run began with", job.stage, begun)
+            self.bn_groups = begun
         found = {key: state[key] for key in ("stage", "fingerprint", "total_steps")}
         found |= {**state["facts"], "fp16_scaler": bool(state["scaler"])}
-        expected = {"stage": job.stage, "fingerprint": job.fingerprint, **job.facts}
+        expected = {"stage": job.stage, "fingerprint": job.fingerprint, **self._facts()}
         # Last, because most of the others change it too.
         expected |= {"fp16_scaler": self.scaler.is_enabled(), "total_steps": job.schedule.total_steps}
         for key, value in expected.items():
@@ -218,11 +298,36 @@ class Trainer:
             logger.warning("%s: the recipe has changed since, in %s", job.stage, "; ".join(changes))
 
 
-class _Meter:
-    """Sums metrics on the device between two reads; a read is the loop's only synchronisation."""
+_Parallel = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
-    def __init__(self, feed: Feed) -> None:
-        self._feed = feed
+
+class _Step(nn.Module):
+    """The objective as DistributedDataParallel needs it: tensors out, in containers that torch knows."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        outcome = self.objective(images, labels)
+        return outcome.loss, outcome.metrics
+
+
+def bn_groups(config: TrainerConfig, ranks: Ranks) -> int:
+    """In how many parts of the global batch BN takes its statistics."""
+    if isinstance(config.bn_groups, int):
+        return config.bn_groups
+    return {"global": 1, "node": ranks.hosts, "rank": ranks.world}[config.bn_groups]
+
+
+class _Meter:
+    """Sums metrics on the device between two reads; a read is the loop's only synchronisation.
+
+    Every rank has the same number of images a step, so that the mean over the ranks is that over the global batch.
+    """
+
+    def __init__(self, feed: Feed, runtime: Runtime) -> None:
+        self._feed, self._runtime = feed, runtime
         self._restart()
 
     def _restart(self) -> None:
@@ -245,11 +350,12 @@ class _Meter:
         self._since += time.perf_counter() - start
 
     def read(self) -> dict[str, float]:
-        keys = list(self._sums)
-        means = (torch.stack([self._sums[key] for key in keys]) / self._steps).tolist()
+        keys, ranks = list(self._sums), self._runtime.ranks
+        sums = torch.stack([self._sums[key] for key in keys])
+        means = (ranks.total(sums) / (self._steps * ranks.world)).tolist()
         elapsed = time.perf_counter() - self._since
         values = dict(zip(keys, means, strict=True))
-        values["images_per_s"] = round(self._images / elapsed, 2)
+        values["images_per_s"] = round(self._images * ranks.world / elapsed, 2)
         values["data_wait_pct"] = round(100 * (self._feed.waited_s - self._waited) / elapsed, 2)
         values["elapsed_s"] = elapsed
         self._restart()

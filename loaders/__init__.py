@@ -6,11 +6,13 @@ if __name__ != "fastsimclr.loaders":
 from fastsimclr.loaders.batch import Batch, Ragged
 from fastsimclr.loaders.data import DataConfig, Splits, label_subset, open_data
 from fastsimclr.loaders.draw import Policy, ViewParams, draw
+from fastsimclr.loaders.faults import too_many_damaged
 from fastsimclr.loaders.native import EvalLoader, Loader, TrainLoader
 from fastsimclr.loaders.order import Order, epoch_order, rank_positions, steps_per_run
-from fastsimclr.loaders.resident import Resident, hold
+from fastsimclr.loaders.resident import Resident, hold, thread_count
 from fastsimclr.loaders.sets import ArraySource, FileSource, Relabelled, Subset
 from fastsimclr.loaders.source import DataError, Source
+from fastsimclr.loaders.splits import hold_out
 
 __all__ = [
     "ArraySource",
@@ -33,8 +35,11 @@ __all__ = [
     "draw",
     "epoch_order",
     "hold",
+    "hold_out",
     "label_subset",
     "open_data",
     "rank_positions",
     "steps_per_run",
+    "thread_count",
+    "too_many_damaged",
 ]

@@ -51,11 +51,11 @@ class DataConfig:
     download: bool = True
     """Fetch a torchvision set that is not in root."""
     threads: int = 0
-    """Threads that read and decode; 0 takes one for each core."""
+    """Threads that read and decode, of each rank; 0 shares the machine's cores among its ranks."""
     resident: Literal["auto", "always", "never"] = "auto"
     """Hold the data set decoded in the device's memory: where it fits, always, or never."""
     resident_gib: float = 0.0
-    """Most GiB that data held decoded may take; 0 takes half of the device's free memory."""
+    """Most GiB of a device that data held decoded may take; 0 takes half of what is free. Ranks on a CPU share it."""
     max_bad_fraction: float = 0.01
     """Share of damaged images above which a run stops. Up to it, the next readable image stands in for a damaged one
     in training; in evaluation it is left out. Each is named in the log."""

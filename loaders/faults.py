@@ -50,6 +50,9 @@ class Reader:
                 return stand_in, pixels
         raise self._too_many()
 
+    def _too_many(self) -> DataError:
+        return too_many_damaged(self.source.name, len(self.source), self.bad, self.max_bad_fraction)
+
     def _add(self, index: int, reason: str) -> None:
         with self._lock:
             if index in self.bad:
@@ -59,9 +62,11 @@ class Reader:
                 raise self._too_many()
         LOG.warning("damaged image %d of %s: %s", index, self.source.name, reason)
 
-    def _too_many(self) -> DataError:
-        first = "; ".join(reason for _, reason in sorted(self.bad.items())[:3])
-        return DataError(
-            f"{self.source.name}: at least {len(self.bad)} of {len(self.source)} images are damaged, over "
-            f"data.max_bad_fraction={self.max_bad_fraction}; repair or remove them, or raise it. The first: {first}"
-        )
+
+def too_many_damaged(name: str, n: int, bad: dict[int, str], max_bad_fraction: float) -> DataError:
+    """The error for a source of n images of which more than the fraction are damaged. bad: {id: reason}."""
+    first = "; ".join(reason for _, reason in sorted(bad.items())[:3])
+    return DataError(
+        f"{name}: at least {len(bad)} of {n} images are damaged, over data.max_bad_fraction={max_bad_fraction};"
+        f" repair or remove them, or raise it. The first: {first}"
+    )

@@ -101,11 +101,11 @@ def read_label_list(path: Path, names: Sequence[str]) -> Ints:
     """
     bases: dict[str, list[int]] = {}
     for i, name in enumerate(names):
-        bases.setdefault(PurePosixPath(name).name, []).append(i)
+        bases.setdefault(name.rpartition("/")[2], []).append(i)
     chosen: dict[int, str] = {}
-    unknown = []
+    unknown: list[tuple[str, str]] = []
     for where, text in _lines(path):
-        found = bases.get(PurePosixPath(text).name, [])
+        found = bases.get(text.rpartition("/")[2], [])
         if len(found) > 1:
             found = [i for i in found if f"/{names[i]}".endswith(f"/{text}")] or found
         if len(found) > 1:
@@ -115,9 +115,13 @@ def read_label_list(path: Path, names: Sequence[str]) -> Ints:
         if found:
             chosen[found[0]] = where
         else:
-            unknown.append(text)
+            unknown.append((where, text))
     if unknown:
+        where, absent = unknown[0][0], some([text for _, text in unknown])
         raise DataError(
-            f"{path} names {some(unknown)}, not among the labelled training images; remove {len(unknown)} lines"
+            f"{where}: the list names {absent}, not among the labelled training images;"
+            f" remove {len(unknown)} lines, or give the folder that it was made for"
         )
+    if not chosen:
+        raise DataError(f"{path} names no image; write one name a line")
     return np.array(sorted(chosen), dtype=np.int64)

@@ -197,8 +197,9 @@ class TrainLoader(Loader):
 class EvalLoader(Loader):
     """One pass in the order of the ids, `batch` images at a time, epoch 0. Damaged images are left out.
 
-    len is n / batch rounded up. The last batch may be smaller, as may one with damaged images; where none is left in
-    it, it is skipped.
+    Rank r of W takes ids r * n // W to (r + 1) * n // W - 1: each image once over all ranks, parts that differ by one
+    at most. len is that part / batch rounded up. The last batch may be smaller, as may one with damaged images; where
+    none is left in it, it is skipped.
     """
 
     stand_in = False
@@ -209,19 +210,24 @@ class EvalLoader(Loader):
         config: DataConfig,
         *,
         batch: int,
+        rank: int = 0,
+        world: int = 1,
         resident: Resident | None = None,
         pin: bool = False,
     ) -> None:
         if batch < 1:
             raise ValueError(f"batch={batch} must be 1 or more")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank={rank} must be in 0..{world - 1} for world_size={world}")
         super().__init__(source, config, resident=resident, pin=pin)
         self.batch = batch
+        self.part = range(rank * len(source) // world, (rank + 1) * len(source) // world)
 
     def __len__(self) -> int:
-        return -(-len(self.source) // self.batch)
+        return -(-len(self.part) // self.batch)
 
     def plan(self) -> Iterator[tuple[Ints, Ints]]:
         """(epochs, ids) of each batch, int64 [N]; the epochs are 0."""
-        for start in range(0, len(self.source), self.batch):
-            ids = np.arange(start, min(start + self.batch, len(self.source)), dtype=np.int64)
+        for start in range(self.part.start, self.part.stop, self.batch):
+            ids = np.arange(start, min(start + self.batch, self.part.stop), dtype=np.int64)
             yield np.zeros_like(ids), ids

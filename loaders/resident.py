@@ -84,18 +84,20 @@ def hold(
     config: DataConfig,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
+    sharers: int = 1,
 ) -> Resident | None:
     """`source` decoded on `device`, or None where config.resident is "never", or "auto" and it does not fit.
 
-    progress: called with (images done, n). Raises DataError where it must fit and does not, or too much is damaged.
+    progress: called with (images done, n). sharers: how many processes hold one each in the memory of `device`.
+    Raises DataError where it must fit and does not, or too much is damaged.
     """
     if config.resident == "never" or not len(source):
         return None
-    limit = int(config.resident_gib * GIB) or free_bytes(device) // 2
+    limit = (int(config.resident_gib * GIB) or free_bytes(device) // 2) // sharers
     reader = Reader(source, config.max_bad_fraction, config.max_pixels)
     needed = _estimate(reader)
     if needed > limit:
-        text = f"{source.name} takes {needed / GIB:.2f} GiB decoded, over the limit of {limit / GIB:.2f} GiB"
+        text = f"{source.name} takes {needed / GIB:.2f} GiB decoded, over the limit of {limit / GIB:.2f} GiB a process"
         if config.resident == "always":
             raise DataError(f"data.resident=always, but {text} on {device}; use auto or raise data.resident_gib")
         LOG.info("%s: not held in memory", text)

@@ -1,11 +1,21 @@
-"""What every test may use: the shared real data, and which tests are left out on this machine."""
+"""What every test may use: the shared real data, a pool of ranks, and which tests are left out on this machine."""
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import multiprocessing.connection
 import os
+import pickle
+import signal
+import subprocess
+import sys
 import tarfile
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -82,3 +92,101 @@ def cifar_samples(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
                 taken[folder] = taken.get(folder, 0) + 1
                 archive.extract(member, root, filter="data")
     return root
+
+
+class RanksPool:
+    """Gloo ranks that live as long as the session: `pool(world, function, *args)` -> every rank's result, in order.
+
+    `function(ranks: fastsimclr.ranks.Ranks, *args)` runs in `world` (1 to 4) processes of one thread each, in which
+    every warning is an error. It stands at the top level of a test file, which each rank loads; arguments and results
+    are pickled. The processes start at the first call with that `world` and keep their groups. Where a rank raises,
+    RuntimeError with its traceback; where one does not answer in `timeout_s`, TimeoutError naming it. Both end all
+    ranks; the next call starts new ones.
+    """
+
+    def __init__(self, timeout_s: float = 60.0) -> None:
+        self.timeout_s = timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        if self._process is None:
+            self._start()
+        if world not in self._started:
+            self._started.add(world)
+            self._control.send_bytes(pickle.dumps(world))
+        code = function.__code__
+        task = pickle.dumps((code.co_filename, function.__module__, function.__qualname__, pickle.dumps(args)))
+        for pipe in self._pipes[world]:
+            pipe.send_bytes(task)
+        results, errors = self._collect(self._pipes[world])
+        if errors or len(results) < world:
+            self.close()
+        if errors:
+            raise RuntimeError("\n".join(f"rank {rank} of {world}: {text}" for rank, text in errors.items()))
+        if len(results) < world:
+            silent = ", ".join(str(rank) for rank in range(world) if rank not in results)
+            raise TimeoutError(f"no answer of rank {silent} of {world} in {self.timeout_s} s")
+        return [results[rank] for rank in range(world)]
+
+    def _collect(self, pipes: list[Any]) -> tuple[dict[int, Any], dict[int, str]]:
+        results: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        until, waiting = time.monotonic() + self.timeout_s, list(pipes)
+        while waiting:
+            # The others may wait for the rank that failed: what they have to say comes soon or never.
+            left = min(until - time.monotonic(), 1.0 if errors else self.timeout_s)
+            ready = multiprocessing.connection.wait(waiting, max(0.0, left))
+            if not ready:
+                break
+            for pipe in ready:
+                waiting.remove(pipe)
+                rank = pipes.index(pipe)
+                try:
+                    kind, value = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    kind, value = "error", "its process ended"
+                (results if kind == "result" else errors)[rank] = value
+        return results, errors
+
+    def _start(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._started: set[int] = set()
+        self._control, control = multiprocessing.Pipe()
+        pairs = [(world, multiprocessing.Pipe()) for world in (1, 2, 3, 4) for _ in range(world)]
+        self._pipes: dict[int, list[Any]] = {}
+        for world, (mine, _) in pairs:
+            self._pipes.setdefault(world, []).append(mine)
+        theirs = [control, *(pair[1] for _, pair in pairs)]
+        worker = Path(__file__).with_name("ranks_worker.py")
+        command = [sys.executable, "-W", "error", str(worker), self._folder.name, str(control.fileno())]
+        command += [f"{world}:{pair[1].fileno()}" for world, pair in pairs]
+        one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        root = str(worker.parents[1])
+        self._process = subprocess.Popen(
+            command,
+            env={**os.environ, **one, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": root},
+            pass_fds=[pipe.fileno() for pipe in theirs],
+            start_new_session=True,
+        )
+        for pipe in theirs:
+            pipe.close()
+
+    def close(self) -> None:
+        """End all ranks; the next call starts anew."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process = None
+        for pipe in (self._control, *(pipe for pipes in self._pipes.values() for pipe in pipes)):
+            pipe.close()
+        self._folder.cleanup()
+
+
+@pytest.fixture(scope="session")
+def ranks_pool() -> Iterator[RanksPool]:
+    """Runs a function of a test file in 1 to 4 gloo ranks: `ranks_pool(world, function, *args)`."""
+    pool = RanksPool()
+    yield pool
+    pool.close()

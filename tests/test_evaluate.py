@@ -15,11 +15,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
-from fastsimclr.evaluate import Features, accuracy, calibrate_bn, extract, knn, logistic_regression, raw_pixels
+from fastsimclr.evaluate import Features, calibrate_bn, extract, logistic_regression, raw_pixels, score
+from fastsimclr.evaluate import knn as knn_of_all_settings
 from fastsimclr.loaders import ArraySource, Batch, DataConfig, EvalLoader, Policy
 from fastsimclr.models import BatchNorm, ModelConfig, build_encoder
+from fastsimclr.ranks import Ranks
 from fastsimclr.runtime import Runtime
 
+ALONE = Ranks()
 RUNTIME = Runtime(device=torch.device("cpu"), precision="fp32")
 PLAIN = Policy(size=8, crop="centre", flip=0, jitter=0, grey=0, blur=0, normalise="none")
 
@@ -30,6 +33,18 @@ def clusters(n: int, classes: int, seed: int, spread: float = 1.0) -> Features:
     labels = rng.integers(0, classes, n)
     values = centres[labels] + spread * rng.normal(size=(n, 6))
     return Features(values=torch.tensor(values, dtype=torch.float32), labels=torch.tensor(labels))
+
+
+def knn(train: Features, test: Features, classes: int, *, k: int, temperature: float) -> dict[str, float]:
+    """The metrics of one setting, in one process."""
+    (found,) = knn_of_all_settings(train, test, classes, ks=[k], temperatures=[temperature], ranks=ALONE).values()
+    return found.metrics
+
+
+def fit(train: Features, test: Features, classes: int, l2: float) -> tuple[dict[str, float], int]:
+    """The metrics on `test`, and the iterations, in one process."""
+    fitted = logistic_regression(train, classes, l2=l2, ranks=ALONE)
+    return fitted.score(test, ALONE).metrics, fitted.iterations
 
 
 def loop_knn(train: Features, test: Features, classes: int, k: int, temperature: float) -> tuple[float, float]:
@@ -79,7 +94,7 @@ def test_knn_in_blocks_is_knn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("l2", [1e-3, 0.1])
 def test_logistic_regression_is_scikit_learns(l2: float) -> None:
     train, test = clusters(120, 7, seed=4), clusters(400, 7, seed=5)
-    result, iterations = logistic_regression(train, test, 7, l2=l2)
+    result, iterations = fit(train, test, 7, l2)
 
     def unit_rms(features: Features) -> npt.NDArray[np.float64]:
         """Each row scaled to a root mean square of 1, that is to length sqrt(C)."""
@@ -105,16 +120,35 @@ def test_logistic_regression_takes_any_scale_a_zero_feature_and_an_absent_class(
         Features(values=torch.cat([f.values * scale, torch.zeros(len(f.labels), 1)], dim=1), labels=f.labels)
         for f, scale in ((train, 1e4), (test, 1e-4))
     )
-    scaled, _ = logistic_regression(large, small, 9, l2=1e-3)
-    plain, _ = logistic_regression(train, test, 9, l2=1e-3)
+    scaled, _ = fit(large, small, 9, 1e-3)
+    plain, _ = fit(train, test, 9, 1e-3)
     assert scaled["top1"] == pytest.approx(plain["top1"], abs=1 / 20 + 1e-6)  # the zero column changes the length
     assert plain["top1"] > 0.5
 
 
+def test_several_settings_are_each_setting_alone() -> None:
+    train, test = clusters(63, 7, seed=0), clusters(41, 7, seed=1)
+    table = knn_of_all_settings(train, test, 7, ks=(20, 5, 1000, 63), temperatures=(0.1, 1.0), ranks=ALONE)
+    assert list(table) == [(20, 0.1), (20, 1.0), (5, 0.1), (5, 1.0), (63, 0.1), (63, 1.0)]  # 1000 is cut to 63
+    for (k, temperature), found in table.items():
+        assert found.top1 == pytest.approx(loop_knn(train, test, 7, k, temperature)[0])
+
+
 def test_accuracy_of_the_five_best() -> None:
     logits = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3], [9.0, 8, 7, 6, 5, 4, 3], [0.0, 1, 2, 3, 4, 5, 6]])
-    assert accuracy(logits, torch.tensor([0, 4, 0])) == pytest.approx({"top1": 1 / 3, "top5": 2 / 3})
-    assert accuracy(logits[:, :5], torch.tensor([0, 4, 3])) == pytest.approx({"top1": 1 / 3})
+    assert score(logits, torch.tensor([0, 4, 0]), ALONE).metrics == pytest.approx({"top1": 1 / 3, "top5": 2 / 3})
+    assert score(logits[:, :5], torch.tensor([0, 4, 3]), ALONE).metrics == pytest.approx({"top1": 1 / 3})
+
+
+def test_accuracy_of_each_class() -> None:
+    labels = torch.tensor([2, 0, 2, 0, 2])
+    logits = nn.functional.one_hot(torch.tensor([2, 1, 0, 0, 2]), 4).float()
+    assert score(logits, labels, ALONE).per_class(["a", "b", "c", "d"]) == [
+        {"name": "a", "images": 2, "correct": 1},
+        {"name": "b", "images": 0, "correct": 0},
+        {"name": "c", "images": 3, "correct": 2},
+        {"name": "d", "images": 0, "correct": 0},
+    ]
 
 
 def grey_levels(n: int) -> ArraySource:

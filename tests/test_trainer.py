@@ -62,10 +62,11 @@ def job(
         schedule=Schedule(peak=optim.peak_lr(BATCH), warmup_steps=2, total_steps=TOTAL),
         batches=lambda start, stop: TrainLoader(SOURCE, data, batch=BATCH, seed=0, start=start, stop=stop),
         policy=Policy(size=8),
+        batch=BATCH,
         seed=0,
         fingerprint=SOURCE.fingerprint,
         recipe="seed: 0\n",
-        facts={"batch": BATCH, "model": dataclasses.asdict(TINY)},
+        facts={"model": dataclasses.asdict(TINY)},
         resume=resume,
         hooks=hooks,
     )
@@ -87,10 +88,11 @@ class At:
     def __init__(self, step: int, act: Callable[[], object]) -> None:
         self.step, self.act = step, act
 
-    def __call__(self, step: int) -> dict[str, float] | None:
-        if step == self.step:
-            self.act()
-        return None
+    def due(self, step: int) -> bool:
+        return step == self.step
+
+    def __call__(self, step: int) -> None:
+        self.act()
 
 
 def final(run: Path) -> dict[str, Any]:
@@ -209,9 +211,10 @@ def test_probes_change_nothing_in_the_training(tmp_path: Path) -> None:
     class Probe:
         kind = "probe"
 
-        def __call__(self, step: int) -> dict[str, float] | None:
-            if step % 3:
-                return None
+        def due(self, step: int) -> bool:
+            return step % 3 == 0
+
+        def __call__(self, step: int) -> dict[str, float]:
             given.objective.eval()
             return {"value": float(step)}
 
@@ -271,9 +274,9 @@ def one_step(given: Job, runtime: Runtime) -> Callable[[], None]:
     class NoFeed:
         waited_s = 0.0
 
-    meter = _Meter(NoFeed())  # type: ignore[arg-type]
-    trainer._train_step(shipment, 0.1, meter)
-    return lambda: trainer._train_step(shipment, 0.1, meter)
+    meter, network = _Meter(NoFeed(), runtime), trainer._parallel()  # type: ignore[arg-type]
+    trainer._train_step(network, shipment, 0.1, meter)
+    return lambda: trainer._train_step(network, shipment, 0.1, meter)
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "supervised"])
@@ -355,7 +358,7 @@ def test_weights_that_the_last_update_broke_are_not_saved(tmp_path: Path) -> Non
     [
         ({"fingerprint": "other"}, "fingerprint", repr(SOURCE.fingerprint), "'other'"),
         ({"stage": "linear"}, "stage", "'pretrain'", "'linear'"),
-        ({"facts": {"batch": 16}}, "batch", "8", "16"),
+        ({"batch": 16}, "batch", "8", "16"),
         ({"facts": {"seed": 1}}, "seed", "None", "1"),
         ({"facts": {"model": {"arch": "resnet34"}}}, "model", "resnet18", "resnet34"),
         ({"schedule": Schedule(peak=1, warmup_steps=0, total_steps=12)}, "total_steps", "9", "12"),

@@ -42,6 +42,9 @@ class _EndOfStep:
     def __init__(self, watch: Stopwatch) -> None:
         self._watch = watch
 
+    def due(self, step: int) -> bool:
+        return True
+
     def __call__(self, step: int) -> None:
         self._watch.mark(LAST)
 
@@ -118,6 +121,7 @@ def trained(
                 schedule=schedule,
                 batches=batches,
                 policy=policy_for(size),
+                batch=batch,
                 seed=seed,
                 fingerprint=source.fingerprint,
                 recipe="",

@@ -1,5 +1,6 @@
 """Encoders, projection heads, classifiers, and weights from elsewhere."""
 
+from fastsimclr.models.batch_groups import BatchGroups, batch_groups
 from fastsimclr.models.convert import load_torchvision, load_weights, read_state
 from fastsimclr.models.heads import Classifier, ProjectionHead
 from fastsimclr.models.network import (
@@ -12,10 +13,11 @@ from fastsimclr.models.network import (
     classifier_from,
     count_parameters,
 )
-from fastsimclr.models.norm import BatchNorm
+from fastsimclr.models.norm import BatchNorm, average_running_statistics, set_groups
 from fastsimclr.models.resnet import ResNet
 
 __all__ = [
+    "BatchGroups",
     "BatchNorm",
     "Classifier",
     "ClassifierNet",
@@ -23,6 +25,8 @@ __all__ = [
     "ProjectionHead",
     "ResNet",
     "SimCLRNet",
+    "average_running_statistics",
+    "batch_groups",
     "build_classifier",
     "build_encoder",
     "build_simclr",
@@ -31,4 +35,5 @@ __all__ = [
     "load_torchvision",
     "load_weights",
     "read_state",
+    "set_groups",
 ]

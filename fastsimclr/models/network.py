@@ -32,6 +32,12 @@ class ModelConfig:
     the basic blocks of depths 18 and 34 get the ResNet-D parts alone."""
     stem: Literal["auto", "imagenet", "cifar"] = "auto"
     """imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1; auto: cifar for views of up to 32 px."""
+    maxpool: Literal["torch", "tf_same"] = "torch"
+    """Padding of the imagenet stem's max-pool. torch: one pixel on each side. tf_same: at even sizes below and to the
+    right only, as in Google's networks."""
+    project_first: bool = False
+    """Depths 18 and 34: give the first block of the first group a projection shortcut, too, as in Google's networks.
+    The others, and selective kernels, have one anyway."""
     zero_gamma: bool = True
     """Start the last BN of each block at 0, so that each block starts as its shortcut."""
     head_layers: int = 3
@@ -46,6 +52,8 @@ class ModelConfig:
             raise ValueError(f"model.width={self.width} must be a positive number; use 1 for the plain network")
         if self.stem not in ("auto", "imagenet", "cifar"):
             raise ValueError(f"model.stem={self.stem!r} is unknown; use auto, imagenet or cifar")
+        if self.maxpool not in ("torch", "tf_same"):
+            raise ValueError(f"model.maxpool={self.maxpool!r} is unknown; use torch, or tf_same for Google's networks")
         if not 0 <= self.head_layers <= 4:
             raise ValueError(f"model.head_layers={self.head_layers} must be 0 to 4; use 2 (SimCLR v1) or 3 (v2)")
         if self.head_dim < 1:
@@ -101,6 +109,8 @@ def build_encoder(config: ModelConfig, image_size: int) -> ResNet:
         selective_kernels=config.selective_kernels,
         cifar_stem=cifar,
         zero_gamma=config.zero_gamma,
+        maxpool=config.maxpool,
+        project_first=config.project_first,
     )
     return encoder.to(memory_format=torch.channels_last)
 

@@ -85,6 +85,16 @@ class Bottleneck(nn.Module):
         return F.relu(y, inplace=True)
 
 
+class MaxPoolSame(nn.Module):
+    """3x3 stride 2 as TensorFlow's SAME pads it: at even sizes one row below and one column to the right, at odd sizes
+    one on each side. What is padded never counts."""
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, ceil(H / 2), ceil(W / 2)]."""
+        # Unpadded, ceil_mode lets the last window of an even size reach one beyond the edge.
+        return F.max_pool2d(x_NCHW, 3, 2, padding=(x_NCHW.shape[2] % 2, x_NCHW.shape[3] % 2), ceil_mode=True)
+
+
 def base_channels(width: float) -> int:
     """Channels of the first stage: 64 * width, rounded to a multiple of 8, at least 8. The later have 2, 4, 8 times."""
     return max(8, 8 * round(8 * width))
@@ -95,8 +105,9 @@ class ResNet(nn.Module):
 
     arch: depth. width: multiplies every channel count, the stem's too (see base_channels). selective_kernels: as in
     SimCLRv2 (arXiv 2006.10029), with the ResNet-D stem and shortcuts. cifar_stem: 3x3 stride 1 and no max-pool.
-    zero_gamma: the last BN of each block starts at 0. Input of a memory format gives maps of that format.
-    Without selective_kernels the state is that of torchvision's networks, less `fc`.
+    zero_gamma: the last BN of each block starts at 0. maxpool: "tf_same" is MaxPoolSame. project_first: a projection in
+    the first block of the first group even where the shape stays. Input of a memory format gives maps of that format.
+    Without selective_kernels and project_first the state is that of torchvision's networks, less `fc`.
     """
 
     def __init__(
@@ -107,13 +118,16 @@ class ResNet(nn.Module):
         selective_kernels: bool = False,
         cifar_stem: bool = False,
         zero_gamma: bool = True,
+        maxpool: Literal["torch", "tf_same"] = "torch",
+        project_first: bool = False,
     ) -> None:
         super().__init__()
         block = Basic if arch in ("resnet18", "resnet34") else Bottleneck
         base = base_channels(width)
         self.conv1 = stem(base, selective_kernels, cifar_stem)
         self.bn1 = BatchNorm(base)
-        self.maxpool = nn.Identity() if cifar_stem else nn.MaxPool2d(3, 2, padding=1)
+        pool = MaxPoolSame() if maxpool == "tf_same" else nn.MaxPool2d(3, 2, padding=1)
+        self.maxpool = nn.Identity() if cifar_stem else pool
         channels = base
         groups: list[nn.Sequential] = []
         for index, depth in enumerate(DEPTHS[arch]):
@@ -123,7 +137,7 @@ class ResNet(nn.Module):
             for position in range(depth):
                 step = stride if position == 0 else 1
                 # Google projects in the first block of every group; torchvision only where the shape changes.
-                project = position == 0 and (selective_kernels or step != 1 or channels != out)
+                project = position == 0 and (selective_kernels or project_first or step != 1 or channels != out)
                 downsample = shortcut(channels, out, step, selective_kernels) if project else None
                 blocks.append(block(channels, filters, step, downsample, selective_kernels, zero_gamma))
                 channels = out

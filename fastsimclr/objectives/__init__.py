@@ -4,5 +4,6 @@ from fastsimclr.objectives.base import Objective, Outcome
 from fastsimclr.objectives.contrastive import Contrastive
 from fastsimclr.objectives.cross_entropy import CrossEntropy
 from fastsimclr.objectives.distillation import Distillation
+from fastsimclr.objectives.linear_sweep import LinearSweep
 
-__all__ = ["Contrastive", "CrossEntropy", "Distillation", "Objective", "Outcome"]
+__all__ = ["Contrastive", "CrossEntropy", "Distillation", "LinearSweep", "Objective", "Outcome"]

@@ -28,5 +28,5 @@ class Contrastive(Objective):
 
     def forward(self, images: Tensor, labels: Tensor) -> Outcome:
         _, projections = self.network(images)
-        result = nt_xent(projections, self.temperature, scaling=self.scaling)
+        result = nt_xent(projections, self.temperature, scaling=self.scaling, group=self.group)
         return Outcome(loss=result.loss, metrics={"contrastive_top1": result.top1, "contrastive_top5": result.top5})

@@ -49,7 +49,7 @@ class CrossEntropy(Objective):
             logits_NK = self.network.classifier(features)
         else:
             logits_NK = self.network(images)
-        logits_NK = logits_NK.float()
+        logits_NK = logits_NK.to(torch.promote_types(logits_NK.dtype, torch.float32))
         correct = (logits_NK.detach().argmax(dim=1) == labels).float().mean()
         return Outcome(loss=F.cross_entropy(logits_NK, labels), metrics={"top1": correct})
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,7 +19,8 @@ class Distillation(Objective):
     """The student learns the teacher's class probabilities; the teacher is frozen and in evaluation mode.
 
     temperature > 0 divides both logits. label_weight w in [0, 1]: (1 - w)·distillation + w·CE(labels), where images
-    without a label (-1) take no part in the second term. The paper's alpha (Eq. 3) is 1 - w.
+    without a label (-1) take no part in the second term, which is the mean over the labelled images of all ranks. The
+    paper's alpha (Eq. 3) is 1 - w.
     """
 
     views = 1
@@ -40,17 +42,29 @@ class Distillation(Objective):
 
     def forward(self, images: Tensor, labels: Tensor) -> Outcome:
         with torch.no_grad():
-            teacher_NK = self.teacher(images).float()
-        student_NK = self.student(images).float()
+            teacher_NK = _at_least_float32(self.teacher(images))
+        student_NK = _at_least_float32(self.student(images))
         target_NK = (teacher_NK / self.temperature).softmax(dim=1)
         loss = F.cross_entropy(student_NK / self.temperature, target_NK)
         if self.label_weight > 0:
-            labelled = (labels >= 0).float()
+            labelled = (labels >= 0).to(student_NK.dtype)
             per_image = F.cross_entropy(student_NK, labels.clamp(min=0), reduction="none")
-            supervised = (per_image * labelled).sum() / labelled.sum().clamp(min=1)
+            supervised = (per_image * labelled).sum() / self._labelled_per_rank(labelled)
             loss = (1 - self.label_weight) * loss + self.label_weight * supervised
         agree = (student_NK.detach().argmax(dim=1) == teacher_NK.argmax(dim=1)).float().mean()
         return Outcome(loss=loss, metrics={"teacher_agreement": agree})
 
+    def _labelled_per_rank(self, labelled: Tensor) -> Tensor:
+        """How many labelled images a rank has on average: each counts the same, whichever rank it is on."""
+        count = labelled.sum()
+        if self.group is None:
+            return count.clamp(min=1)
+        dist.all_reduce(count, group=self.group)
+        return count.clamp(min=1) / dist.get_world_size(self.group)
+
     def supervised_heads(self) -> Sequence[nn.Module]:
         return (self.student.classifier,)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -19,6 +19,17 @@ NORMALISATIONS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadSetting:
+    """What one of several classifiers trained side by side has of its own.
+
+    lr_scale: its learning rate as a multiple of the schedule's. weight_decay: of its kernel.
+    """
+
+    lr_scale: float
+    weight_decay: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """The optimizer and its schedule: linear warm-up from 0, then cosine decay to 0, per step."""
 
@@ -155,29 +166,43 @@ def parameter_groups(model: nn.Module, heads: Sequence[nn.Module] = ()) -> dict[
 
 
 def build_optimizer(
-    config: OptimConfig, model: nn.Module, *, global_batch: int, heads: Sequence[nn.Module] = ()
+    config: OptimConfig,
+    model: nn.Module,
+    *,
+    global_batch: int,
+    heads: Sequence[nn.Module] = (),
+    settings: Sequence[HeadSetting] = (),
 ) -> torch.optim.Optimizer:
     """The configured optimizer over the trainable parameters of `model`, its learning rate at the peak.
 
-    heads: the supervised classifiers in `model`, see `parameter_groups`. Each param group carries its "name".
+    heads: the supervised classifiers in `model`, see `parameter_groups`. settings: of each head where they differ; the
+    heads must then be all that trains. Each param group carries its "name", and with `settings` its "lr_scale".
     """
-    lr, decay = config.peak_lr(global_batch), config.weight_decay
-    named = {name: params for name, params in parameter_groups(model, heads).items() if params}
+    named = [(name, params, config.weight_decay, 1.0) for name, params in parameter_groups(model, heads).items()]
+    if settings:
+        named = [
+            (f"{name}.{i}", params, own.weight_decay, own.lr_scale)
+            for i, (head, own) in enumerate(zip(heads, settings, strict=True))
+            for name, params in parameter_groups(head, [head]).items()
+        ]
+    groups: list[dict[str, Any]] = []
+    for name, params, decay, scale in named:
+        kind, lr = name.partition(".")[0], config.peak_lr(global_batch) * scale
+        group = {"name": name, "params": params, "lr": lr} | ({"lr_scale": scale} if settings else {})
+        if config.name == "sgd":
+            # Coupled decay is the same L2 term of the loss for kernels and heads alike.
+            group["weight_decay"] = 0.0 if kind == "excluded" else decay
+        else:
+            group |= {"excluded": kind != "kernels", "l2": decay if kind == "heads" else 0.0}
+        if params:
+            groups.append(group)
+    lr = config.peak_lr(global_batch)
     if config.name == "sgd":
-        # Coupled decay is the same L2 term of the loss for kernels and heads alike.
-        return torch.optim.SGD(
-            [{"name": k, "params": p, "weight_decay": 0.0 if k == "excluded" else decay} for k, p in named.items()],
-            lr=lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-        )
+        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)
     return LARS(
-        [
-            {"name": k, "params": p, "excluded": k != "kernels", "l2": decay if k == "heads" else 0.0}
-            for k, p in named.items()
-        ],
+        groups,
         lr=lr,
-        weight_decay=decay,
+        weight_decay=config.weight_decay,
         momentum=config.momentum,
         trust=config.trust_coefficient,
         variant=config.lars_variant,
@@ -185,6 +210,9 @@ def build_optimizer(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, value: float | Tensor) -> None:
-    """Sets the learning rate of all groups for the next step; a 0-dim tensor stays on its device."""
+    """Sets the learning rate of all groups for the next step, times a group's "lr_scale" where it has one.
+
+    A 0-dim tensor stays on its device.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group["lr_scale"] if "lr_scale" in group else value

@@ -5,7 +5,7 @@ from fastsimclr.stages.classifiers import distill, finetune, supervised
 from fastsimclr.stages.evaluation import evaluate_knn, evaluate_linear
 from fastsimclr.stages.networks import recipe_path
 from fastsimclr.stages.pretrain import pretrain
-from fastsimclr.stages.report import summary
+from fastsimclr.stages.report import result_lines, summary
 from fastsimclr.stages.setting import Setting
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "finetune",
     "pretrain",
     "recipe_path",
+    "result_lines",
     "run_chain",
     "run_seeds",
     "summary",

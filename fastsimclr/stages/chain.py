@@ -24,17 +24,15 @@ def run_chain(recipe: Recipe, out: Path) -> Results:
 
     Raises FileExistsError if `out` holds a run of another recipe.
     """
-    _claim(recipe, out)
-    setting: Setting | None = None
-    results: Results = {}
+    setting = Setting(recipe)
+    first = setting.ranks.on_first
+    first(lambda: _claim(recipe, out))
+    results: Results = first(lambda: _done(out))
     for stage in STAGES:
         run = out / stage
-        done = run / "result.json"
-        if done.is_file():
-            logger.info("%s: done before, in %s", stage, done)
-            results[stage] = json.loads(done.read_text())
+        if stage in results:
+            logger.info("%s: done before, in %s", stage, run / "result.json")
             continue
-        setting = setting or Setting(recipe)
         match stage:
             case "pretrain":
                 result = pretrain(setting, run, resume=True)
@@ -50,7 +48,9 @@ def run_chain(recipe: Recipe, out: Path) -> Results:
                 result = distill(setting, out / "finetune", run, resume=True)
         results[stage] = result
         logger.info("%s: %s", stage, _brief(result))
-    checkpoint.write_text(out / "result.json", json.dumps(results, indent=2) + "\n")
+    results = {stage: results[stage] for stage in STAGES}
+    if setting.ranks.first:
+        checkpoint.write_text(out / "result.json", json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -66,6 +66,11 @@ def run_seeds(recipe: Recipe, out: Path, seeds: int) -> list[Results]:
         data = replace(recipe.data, label_seed=recipe.data.label_seed + shift)
         every.append(run_chain(replace(recipe, seed=seed, data=data), out / f"seed-{seed}"))
     return every
+
+
+def _done(out: Path) -> Results:
+    files = {stage: out / stage / "result.json" for stage in STAGES}
+    return {stage: json.loads(path.read_text()) for stage, path in files.items() if path.is_file()}
 
 
 def _claim(recipe: Recipe, out: Path) -> None:

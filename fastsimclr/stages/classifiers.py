@@ -8,18 +8,19 @@ from typing import Any
 import torch
 
 from fastsimclr.loaders import DataError
-from fastsimclr.models import build_classifier, classifier_from, count_parameters
+from fastsimclr.models import ModelConfig, build_classifier, classifier_from, count_parameters
 from fastsimclr.objectives import CrossEntropy, Distillation
 from fastsimclr.stages.networks import digest, load_classifier, load_simclr, network_facts
+from fastsimclr.stages.published import beside
 from fastsimclr.stages.setting import Setting
-from fastsimclr.stages.training import classifier_metrics, train, write_result
+from fastsimclr.stages.training import classifier_score, train, write_result
 
 
 def finetune(setting: Setting, source: Path, run: Path, resume: bool) -> dict[str, Any]:
     """Fine-tune the pretrained network of run `source` on the labels; the result is also in run/result.json."""
     config = setting.recipe.finetune
     labelled = setting.labelled(config.labels)
-    pretrained, facts = load_simclr(source)
+    pretrained, facts = setting.ranks.on_first(lambda: load_simclr(source))
     network = classifier_from(pretrained, config.head_layer, len(labelled.classes))
     outcome = train(
         setting,
@@ -32,8 +33,17 @@ def finetune(setting: Setting, source: Path, run: Path, resume: bool) -> dict[st
         facts=facts | {"classes": list(labelled.classes), "head_layer": config.head_layer, "start": digest(pretrained)},
         resume=resume,
     )
-    metrics = classifier_metrics(setting, network)
-    return write_result(setting, run, outcome, metrics=metrics, network=network, labels=len(labelled))
+    found = classifier_score(setting, network)
+    return write_result(
+        setting,
+        run,
+        outcome,
+        metrics=found.metrics,
+        network=network,
+        labels=len(labelled),
+        per_class=found.per_class(labelled.classes),
+        **beside(setting, "finetune", ModelConfig(**facts["model"]), config.labels),
+    )
 
 
 def supervised(setting: Setting, run: Path, resume: bool) -> dict[str, Any]:
@@ -54,15 +64,23 @@ def supervised(setting: Setting, run: Path, resume: bool) -> dict[str, Any]:
         facts=network_facts(recipe.model, recipe.views.size, labelled.classes),
         resume=resume,
     )
-    metrics = classifier_metrics(setting, network)
-    return write_result(setting, run, outcome, metrics=metrics, network=network, labels=len(labelled))
+    found = classifier_score(setting, network)
+    return write_result(
+        setting,
+        run,
+        outcome,
+        metrics=found.metrics,
+        network=network,
+        labels=len(labelled),
+        per_class=found.per_class(labelled.classes),
+    )
 
 
 def distill(setting: Setting, teacher: Path, run: Path, resume: bool) -> dict[str, Any]:
     """Distill the classifier of run `teacher` into the recipe's student; the result is also in run/result.json."""
     recipe = setting.recipe
     config = recipe.distill
-    taught, classes = load_classifier(teacher)
+    taught, classes = setting.ranks.on_first(lambda: load_classifier(teacher))
     if setting.splits.val.classes != classes:
         here = setting.splits.val
         raise DataError(
@@ -84,14 +102,15 @@ def distill(setting: Setting, teacher: Path, run: Path, resume: bool) -> dict[st
         facts=network_facts(config.student, recipe.views.size, classes) | {"teacher": digest(taught)},
         resume=resume,
     )
-    metrics = classifier_metrics(setting, student)
-    metrics["teacher_top1"] = classifier_metrics(setting, taught)["top1"]
+    found = classifier_score(setting, student)
     return write_result(
         setting,
         run,
         outcome,
-        metrics=metrics,
+        metrics=found.metrics | {"teacher_top1": classifier_score(setting, taught).top1},
         network=student,
         labels=labels,
+        per_class=found.per_class(classes),
         teacher_parameters=count_parameters(taught),
+        **beside(setting, "distill", config.student, recipe.finetune.labels),
     )

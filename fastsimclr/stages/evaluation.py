@@ -3,78 +3,189 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastsimclr.evaluate import calibrate_bn, extract, knn, logistic_regression, raw_pixels
+from fastsimclr import checkpoint
+from fastsimclr.evaluate import Score, calibrate_bn, extract, knn, logistic_regression, raw_pixels, score
+from fastsimclr.loaders import DataError, Source, hold_out
 from fastsimclr.models import Classifier, ClassifierNet, ModelConfig, ProjectionHead, build_encoder
-from fastsimclr.objectives import CrossEntropy
+from fastsimclr.objectives import CrossEntropy, LinearSweep
+from fastsimclr.optim import HeadSetting
 from fastsimclr.stages.networks import digest, load_encoder
+from fastsimclr.stages.published import beside
 from fastsimclr.stages.setting import Setting
-from fastsimclr.stages.training import classifier_metrics, train, write_evaluation, write_result
+from fastsimclr.stages.training import classifier_score, train, write_evaluation, write_result
 
 _CALIBRATION_IMAGES = 4096
+_MOST_HELD_OUT = 10_000
 
 
 def evaluate_linear(setting: Setting, source: Path, run: Path, resume: bool) -> dict[str, Any]:
     """Linear evaluation of the encoder of run `source`; the result is also in run/result.json."""
-    config = setting.recipe.linear
+    config, ranks = setting.recipe.linear, setting.ranks
     if config.method == "sgd":
         return _linear_sgd(setting, source, run, resume)
     start = time.perf_counter()
     labelled = setting.labelled(config.labels)
-    encoder = setting.runtime.place(load_encoder(source)[0]).eval()
-    bank = extract(encoder, setting.passes(labelled), setting.evaluation_policy, setting.runtime)
-    test = extract(encoder, setting.passes(setting.splits.val), setting.evaluation_policy, setting.runtime)
-    metrics, iterations = logistic_regression(bank, test, len(labelled.classes), l2=config.l2)
-    facts = {"method": "lbfgs", "iterations": iterations, "labels": len(labelled)}
-    return write_evaluation(setting, run, "linear", metrics, facts, encoder, time.perf_counter() - start)
+    classes, l2 = len(labelled.classes), config.l2
+    trained, made = ranks.on_first(lambda: load_encoder(source))
+    encoder = setting.runtime.place(trained).eval()
+
+    def features(of: Source) -> Any:
+        return extract(encoder, setting.passes(of), setting.evaluation_policy, setting.runtime)
+
+    sweep: dict[str, Any] = {}
+    if config.sweep_l2:
+        rest, held = _held_out(setting, labelled)
+        bank, choice = features(rest), features(held)
+        tried = [
+            logistic_regression(bank, classes, l2=each, ranks=ranks).score(choice, ranks) for each in config.sweep_l2
+        ]
+        sweep, chosen = _table(held, [{"l2": each} for each in config.sweep_l2], tried)
+        l2, bank = config.sweep_l2[chosen], bank.and_also(choice)
+    else:
+        bank = features(labelled)
+    fitted = logistic_regression(bank, classes, l2=l2, ranks=ranks)
+    found = fitted.score(features(setting.splits.val), ranks)
+    facts = {
+        "method": "lbfgs",
+        "l2": l2,
+        "iterations": fitted.iterations,
+        "labels": len(labelled),
+        **sweep,
+        **_comparable(setting, "linear", made, found),
+    }
+    return write_evaluation(setting, run, "linear", found.metrics, facts, encoder, time.perf_counter() - start)
 
 
 def _linear_sgd(setting: Setting, source: Path, run: Path, resume: bool) -> dict[str, Any]:
     recipe = setting.recipe
-    config = recipe.linear
+    config, swept = recipe.linear, recipe.linear.swept
     labelled = setting.labelled(config.labels)
-    encoder, facts = load_encoder(source)
+    encoder, made = setting.ranks.on_first(lambda: load_encoder(source))
     head = ProjectionHead(encoder.out_channels, 0)
     network = ClassifierNet(encoder, head, Classifier(encoder.out_channels, len(labelled.classes)))
+    objective: CrossEntropy | LinearSweep = CrossEntropy(network, frozen_body=True)
+    facts = made | {"classes": list(labelled.classes), "head_layer": 0, "start": digest(encoder)}
+    held: Source | None = None
+    if swept:
+        highest = max(lr for lr, _ in swept)
+        config = replace(config, optim=replace(config.optim, lr=highest))
+        settings = [HeadSetting(lr_scale=lr / highest if highest else 0.0, weight_decay=decay) for lr, decay in swept]
+        objective = LinearSweep(network, settings)
+        facts["sweep"] = [list(pair) for pair in swept]
+        labelled, held = _held_out(setting, labelled)
     outcome = train(
         setting,
         stage="linear",
         run=run,
-        objective=CrossEntropy(network, frozen_body=True),
+        objective=objective,
         source=labelled,
         config=config,
         policy=setting.crop_flip_policy(),
-        facts=facts | {"classes": list(labelled.classes), "head_layer": 0, "start": digest(encoder)},
+        facts=facts,
         resume=resume,
     )
-    metrics = classifier_metrics(setting, network)
-    return write_result(setting, run, outcome, metrics=metrics, network=network, labels=len(labelled))
+    sweep: dict[str, Any] = {}
+    if held is not None:
+        assert isinstance(objective, LinearSweep)
+        sweep = _choose(setting, run, objective, held, [{"lr": lr, "weight_decay": decay} for lr, decay in swept])
+    found = classifier_score(setting, network)
+    return write_result(
+        setting,
+        run,
+        outcome,
+        metrics=found.metrics,
+        network=network,
+        method="sgd",
+        labels=len(labelled),
+        **sweep,
+        **_comparable(setting, "linear", made, found),
+    )
+
+
+def _choose(
+    setting: Setting, run: Path, objective: LinearSweep, held: Source, settings: Sequence[dict[str, float]]
+) -> dict[str, Any]:
+    """Give the network, also that of the last checkpoint, the classifier that is best on `held`; {"sweep": ...}."""
+    network = objective.network.eval()
+    features = extract(network.features, setting.passes(held), setting.evaluation_policy, setting.runtime)
+    with torch.no_grad():
+        tried = [
+            score(candidate(features.values), features.labels, setting.ranks) for candidate in objective.candidates
+        ]
+    sweep, chosen = _table(held, settings, tried)
+    objective.choose(chosen)
+
+    def keep() -> None:
+        state = checkpoint.load(checkpoint.newest(run))
+        state["objective"] = {key: value.cpu() for key, value in objective.state_dict().items()}
+        checkpoint.save(run, state, setting.recipe.trainer.keep_checkpoints)
+
+    setting.ranks.on_first(keep)
+    return sweep
+
+
+def _held_out(setting: Setting, labelled: Source) -> tuple[Source, Source]:
+    """(what a sweep trains on, what it chooses on): parts of the labelled training images, by the run's seed."""
+    share = min(setting.recipe.linear.sweep_holdout, _MOST_HELD_OUT / len(labelled))
+    rest, held = hold_out(labelled, share, setting.recipe.seed)
+    if not len(held):
+        raise DataError(
+            f"{labelled.name} has one labelled image a class, none to choose a setting on; give more labels, or"
+            " leave out the sweep of linear"
+        )
+    return rest, held
+
+
+def _table(held: Source, settings: Sequence[dict[str, float]], tried: Sequence[Score]) -> tuple[dict[str, Any], int]:
+    """({"sweep": what was tried, and what was chosen on how many images}, which): the first of the best."""
+    rows = [setting | {"held_out_top1": found.top1} for setting, found in zip(settings, tried, strict=True)]
+    chosen = max(range(len(rows)), key=lambda i: rows[i]["held_out_top1"])
+    return {"sweep": {"held_out": len(held), "tried": rows, "chosen": dict(settings[chosen])}}, chosen
+
+
+def _comparable(setting: Setting, stage: str, made: dict[str, Any], found: Score) -> dict[str, Any]:
+    """per_class and, for the encoder of a pretraining, what is published of such a network."""
+    facts: dict[str, Any] = {"per_class": found.per_class(setting.splits.val.classes)}
+    if not made["classes"]:  # else the encoder learned from labels
+        labels = setting.recipe.linear.labels if stage == "linear" else setting.recipe.knn.labels
+        facts |= beside(setting, stage, ModelConfig(**made["model"]), labels)
+    return facts
 
 
 def evaluate_knn(setting: Setting, source: Path, run: Path, resume: bool) -> dict[str, Any]:
     """kNN evaluation of the encoder of run `source`, beside raw pixels and the untrained network."""
     start = time.perf_counter()
-    recipe, runtime = setting.recipe, setting.runtime
+    recipe, runtime, ranks = setting.recipe, setting.runtime, setting.ranks
     config, policy = recipe.knn, setting.evaluation_policy
     labelled, val = setting.labelled(config.labels), setting.splits.val
 
-    def measure(network: Any) -> dict[str, float]:
+    def measure(network: Any) -> dict[tuple[int, float], Score]:
         bank = extract(network, setting.passes(labelled), policy, runtime)
         test = extract(network, setting.passes(val), policy, runtime)
-        return knn(bank, test, len(labelled.classes), k=config.k, temperature=config.temperature)
+        classes = len(labelled.classes)
+        return knn(bank, test, classes, ks=config.ks, temperatures=config.temperatures, ranks=ranks)
 
-    trained, made = load_encoder(source)
+    trained, made = ranks.on_first(lambda: load_encoder(source))
     encoder = runtime.place(trained).eval()
-    metrics = measure(encoder)
+    table = measure(encoder)
+    (k, temperature), found = next(iter(table.items()))
+    metrics = dict(found.metrics)
     if config.baselines:
         torch.manual_seed(recipe.seed)
         untrained = runtime.place(build_encoder(ModelConfig(**made["model"]), made["size"]))
-        calibrate_bn(untrained, setting.passes(setting.first(labelled, _CALIBRATION_IMAGES)), policy, runtime)
-        metrics["untrained_top1"] = measure(untrained)["top1"]
-        metrics["raw_pixels_top1"] = measure(raw_pixels)["top1"]
-    facts = {"k": min(config.k, len(labelled)), "temperature": config.temperature, "labels": len(labelled)}
+        few = setting.first(labelled, _CALIBRATION_IMAGES)
+        calibrate_bn(untrained, setting.passes(few, sharded=False), policy, runtime)
+        metrics["untrained_top1"] = next(iter(measure(untrained).values())).top1
+        metrics["raw_pixels_top1"] = next(iter(measure(raw_pixels).values())).top1
+    facts: dict[str, Any] = {"k": k, "temperature": temperature, "labels": len(labelled)}
+    if len(table) > 1:
+        facts["table"] = [{"k": k, "temperature": t, **entry.metrics} for (k, t), entry in table.items()]
+    facts |= _comparable(setting, "knn", made, found)
     return write_evaluation(setting, run, "knn", metrics, facts, encoder, time.perf_counter() - start)

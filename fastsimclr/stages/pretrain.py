@@ -58,9 +58,10 @@ class Probe:
     def __init__(self, setting: Setting, network: SimCLRNet, every_steps: int) -> None:
         self._setting, self._network, self._every = setting, network, every_steps
 
-    def __call__(self, step: int) -> dict[str, float] | None:
-        if step % self._every:
-            return None
+    def due(self, step: int) -> bool:
+        return step % self._every == 0
+
+    def __call__(self, step: int) -> dict[str, float]:
         return probe(self._setting, self._network.encoder.eval())
 
 
@@ -72,6 +73,7 @@ def probe(setting: Setting, encoder: Callable[[torch.Tensor], torch.Tensor]) -> 
     bank = extract(encoder, setting.passes(labelled), policy, runtime)
     test = extract(encoder, setting.passes(setting.splits.val), policy, runtime)
     classes = len(labelled.classes)
-    near = knn(bank, test, classes, k=recipe.knn.k, temperature=recipe.knn.temperature)
-    linear, _ = logistic_regression(bank, test, classes, l2=recipe.linear.l2)
-    return {"knn_top1": near["top1"], "linear_top1": linear["top1"]}
+    near = knn(bank, test, classes, ks=recipe.knn.ks[:1], temperatures=recipe.knn.temperatures[:1], ranks=runtime.ranks)
+    linear = logistic_regression(bank, classes, l2=recipe.linear.l2, ranks=runtime.ranks)
+    top1 = [found.top1 for found in near.values()]
+    return {"knn_top1": top1[0], "linear_top1": linear.score(test, runtime.ranks).top1}

@@ -1,4 +1,4 @@
-"""What a chain gave, as a table for people."""
+"""What a stage or a chain gave, as lines for people."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastsimclr.runlog import aligned
+from fastsimclr.stages.published import published_line
 
 Results = dict[str, dict[str, Any]]
 
@@ -21,6 +22,7 @@ _ROWS = (
     ("fine-tuned", "finetune", "top1", True),
     ("distilled student", "distill", "top1", True),
 )
+_WEAKEST = 3  # classes that are named
 _GAINS = (("fine-tuned - supervised", "finetune", "supervised"), ("student - teacher", "distill", "finetune"))
 
 
@@ -28,6 +30,7 @@ def summary(runs: Sequence[Results]) -> str:
     """One line a stage; over several runs mean ± standard deviation, and of the differences the standard error too."""
     first = runs[0]
     rows = [("", "top-1", "labels", "parameters", "seconds")]
+    known: list[str] = []
     for name, stage, metric, own in _ROWS:
         if metric in first[stage]["metrics"]:
             labels, parameters = first[stage].get("labels", 0), first[stage]["parameters"]
@@ -41,6 +44,8 @@ def summary(runs: Sequence[Results]) -> str:
                     f"{seconds:.0f}" if own else "",
                 )
             )
+            if own and (line := published_line(first[stage])):
+                known.append(f"{name}: {line}")
     gains = [(name, [run[a]["metrics"]["top1"] - run[b]["metrics"]["top1"] for run in runs]) for name, a, b in _GAINS]
     training = first["pretrain"]["training"]
     seconds = statistics.mean(run["pretrain"]["seconds"] for run in runs)
@@ -52,9 +57,37 @@ def summary(runs: Sequence[Results]) -> str:
             "",
             *aligned(rows),
             "",
+            *known,
             *(f"{name}: {spread(values, signed=True)}{_standard_error(values)}" for name, values in gains),
         ]
     )
+
+
+def result_lines(result: dict[str, Any]) -> list[str]:
+    """The result of one stage: its metrics, the published top-1 beside ours, what was tried, the weakest classes."""
+    lines = [f"{key}: {value:.4f}" for key, value in result["metrics"].items()]
+    if line := published_line(result):
+        lines = [f"{text} ({line})" if text.startswith("top1: ") else text for text in lines]
+    rows = result.get("table", [])
+    if sweep := result.get("sweep"):
+        chosen = ", ".join(f"{key} {value:g}" for key, value in sweep["chosen"].items())
+        lines.append(f"chosen on {sweep['held_out']:,} held-out training images: {chosen}")
+        rows = sweep["tried"]
+    if rows:
+        lines += aligned([tuple(rows[0]), *(tuple(_short(key, value) for key, value in row.items()) for row in rows)])
+    seen = [entry for entry in result.get("per_class", []) if entry["images"]]
+    weakest = sorted(seen, key=lambda entry: float(entry["correct"] / entry["images"]))[:_WEAKEST]
+    if len(seen) > _WEAKEST:
+        lines.append(f"weakest classes: {', '.join(_share(entry) for entry in weakest)}")
+    return lines
+
+
+def _short(key: str, value: float) -> str:
+    return f"{value:.4f}" if "top" in key else f"{value:g}"
+
+
+def _share(entry: dict[str, Any]) -> str:
+    return f"{entry['name']} {entry['correct']} of {entry['images']}"
 
 
 def spread(values: Sequence[float], signed: bool = False) -> str:

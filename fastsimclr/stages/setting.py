@@ -25,6 +25,8 @@ from fastsimclr.loaders import (
     hold,
     label_subset,
     open_data,
+    thread_count,
+    too_many_damaged,
 )
 from fastsimclr.recipe import Labels, Recipe
 from fastsimclr.runlog import logger
@@ -35,19 +37,28 @@ _EVALUATION_BATCH = 256
 
 
 class Setting:
-    """One recipe on one machine. A source held in memory is decoded once and serves every stage that uses it."""
+    """One recipe, as one rank sees it. A source held in memory is decoded once and serves every stage that uses it."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe.at_smoke_size()
-        self.runtime = choose_runtime(recipe.device, recipe.trainer.precision, recipe.trainer.channels_last)
+        loop = recipe.trainer
+        self.runtime = choose_runtime(recipe.device, loop.precision, loop.channels_last, loop.timeout_s)
+        self.ranks = self.runtime.ranks
+        here = self.ranks.local_world
+        threads = recipe.data.threads or max(1, thread_count(0) // here)
+        self.data = replace(recipe.data, threads=threads)
+        self._sharers = here if self.runtime.device.type == "cpu" else 1
         self.environment = environment(self.runtime)  # now: the checkout may change while this process runs
         self._held: dict[tuple[str, str], Resident | None] = {}
         self._damaged: dict[str, list[dict[int, str]]] = {}
+        self._sizes: dict[str, int] = {}
 
     @cached_property
     def splits(self) -> Splits:
         """The sources, cut to a few images under --smoke."""
-        splits = open_data(self.recipe.data)
+        splits = self.ranks.host_by_host(lambda: open_data(self.data))
+        for source in (splits.unlabelled, splits.train, splits.val):
+            self.ranks.same(f"the images of {source.name}", (len(source), source.fingerprint))
         if not self.recipe.smoke:
             return splits
         return replace(
@@ -93,18 +104,18 @@ class Setting:
 
     def training_batches(self, source: Source, batch: int) -> Callable[[int, int], Iterable[Batch]]:
         """(start, stop) -> the batches of those steps."""
-        resident, runtime = self._resident(source), self.runtime
+        resident, runtime, ranks = self._resident(source), self.runtime, self.ranks
 
         def batches(start: int, stop: int) -> Iterable[Batch]:
             loader = TrainLoader(
                 source,
-                self.recipe.data,
+                self.data,
                 batch=batch,
                 seed=self.recipe.seed,
                 start=start,
                 stop=stop,
-                rank=runtime.rank,
-                world=runtime.world,
+                rank=ranks.rank,
+                world=ranks.world,
                 resident=resident,
                 pin=runtime.device.type == "cuda",
             )
@@ -112,10 +123,17 @@ class Setting:
 
         return batches
 
-    def passes(self, source: Source) -> Iterable[Batch]:
-        """One pass over the images in order, damaged ones left out."""
-        pin = self.runtime.device.type == "cuda"
-        loader = EvalLoader(source, self.recipe.data, batch=_EVALUATION_BATCH, resident=self._resident(source), pin=pin)
+    def passes(self, source: Source, *, sharded: bool = True) -> Iterable[Batch]:
+        """One pass over this rank's part of the images in order, or over all of them; damaged ones left out."""
+        loader = EvalLoader(
+            source,
+            self.data,
+            batch=_EVALUATION_BATCH,
+            rank=self.ranks.rank if sharded else 0,
+            world=self.ranks.world if sharded else 1,
+            resident=self._resident(source),
+            pin=self.runtime.device.type == "cuda",
+        )
         return self._noting_damage(loader)
 
     def loader_name(self, source: Source) -> str:
@@ -123,8 +141,19 @@ class Setting:
         return "native" if self._resident(source) is None else "resident"
 
     def data_facts(self) -> dict[str, Any]:
-        """Sizes, classes, fingerprint and damaged images, for result files."""
+        """Sizes, classes, fingerprint and the damaged images that any rank found, for result files. Every rank asks.
+
+        DataError where all ranks together found more damaged images than data.max_bad_fraction allows.
+        """
         splits = self.splits
+        mine = {name: {k: v for bad in found for k, v in bad.items()} for name, found in self._damaged.items()}
+        damaged: dict[str, dict[int, str]] = {}
+        for found in self.ranks.gather(mine):
+            for name, bad in found.items():
+                damaged.setdefault(name, {}).update(bad)
+        for name, bad in damaged.items():
+            if len(bad) > self.data.max_bad_fraction * self._sizes[name]:
+                raise too_many_damaged(name, self._sizes[name], bad, self.data.max_bad_fraction)
         return {
             "source": splits.unlabelled.name,
             "images": len(splits.unlabelled),
@@ -132,20 +161,17 @@ class Setting:
             "val": len(splits.val),
             "classes": len(splits.val.classes),
             "fingerprint": splits.unlabelled.fingerprint,
-            "damaged": {
-                name: sorted({reason for bad in found for reason in bad.values()})
-                for name, found in self._damaged.items()
-                if any(found)
-            },
+            "damaged": {name: sorted(set(bad.values())) for name, bad in damaged.items() if bad},
         }
 
     def _resident(self, source: Source) -> Resident | None:
         # A fingerprint knows names below the root only: two folders may share it.
         key = (source.fingerprint, source.describe(0) if len(source) else source.name)
         if key not in self._held:
-            with tqdm(desc=f"decoding {source.name}", unit="image", disable=None, leave=False) as bar:
+            shown = None if self.ranks.first else True  # None: where there is a terminal
+            with tqdm(desc=f"decoding {source.name}", unit="image", disable=shown, leave=False) as bar:
                 self._held[key] = hold(
-                    source, self.recipe.data, self.runtime.device, lambda done, n: _show(bar, done, n)
+                    source, self.data, self.runtime.device, lambda done, n: _show(bar, done, n), self._sharers
                 )
             where = f"held decoded on {self.runtime.device}" if self._held[key] else "decoded as it is read"
             logger.info("%s: %d images %s", source.name, len(source), where)
@@ -153,6 +179,7 @@ class Setting:
 
     def _noting_damage(self, loader: Loader) -> Iterable[Batch]:
         self._damaged.setdefault(loader.source.name, []).append(loader.bad)
+        self._sizes[loader.source.name] = len(loader.source)
         return loader
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from fastsimclr import checkpoint
-from fastsimclr.evaluate import accuracy, extract
+from fastsimclr.evaluate import Score, extract, score
 from fastsimclr.loaders import DataError, Policy, Source
 from fastsimclr.models import ClassifierNet, count_parameters
 from fastsimclr.objectives import Objective
@@ -58,15 +58,27 @@ def train(
     resume: bool,
     hooks: Sequence[Hook] = (),
 ) -> Trained:
-    """Train `objective` on `source` to the end of the schedule. A batch of null is 256, or all images where fewer."""
-    n, optim = len(source), config.optim
+    """Train `objective` on `source` to the end of the schedule.
+
+    A batch of null is 256, or all images where fewer, less what the ranks cannot share evenly.
+    """
+    n, optim, world = len(source), config.optim, setting.ranks.world
     batch = min(_DEFAULT_BATCH, n) if config.batch is None else config.batch
+    if config.batch is None:
+        batch -= batch % world
+    if batch % world or not batch:
+        raise ValueError(
+            f"{stage}.batch={batch} is not divisible by {world} ranks; use {max(batch - batch % world, world)}"
+            if batch
+            else f"{stage}: {n} images of {source.name} for {world} ranks; start at most {n}"
+        )
     if batch > n:
         raise DataError(
             f"{stage}.batch={batch} is larger than the {n} images of {source.name}; use at most --{stage}.batch {n}"
         )
     setting.runtime.place(objective)
-    optimizer = build_optimizer(optim, objective, global_batch=batch, heads=objective.supervised_heads())
+    heads = objective.supervised_heads()
+    optimizer = build_optimizer(optim, objective, global_batch=batch, heads=heads, settings=objective.head_settings())
     batches = setting.training_batches(source, batch)
     job = Job(
         stage=stage,
@@ -75,11 +87,12 @@ def train(
         optimizer=optimizer,
         schedule=Schedule.from_epochs(n, config.epochs, batch, optim.warmup_epochs, optim.peak_lr(batch)),
         batches=batches,
+        batch=batch,
         policy=policy,
         seed=setting.recipe.seed,
         fingerprint=source.fingerprint,
         recipe=dump_recipe(setting.recipe),
-        facts={**facts, "batch": batch, "seed": setting.recipe.seed, "optimizer": optim.name},
+        facts={**facts, "seed": setting.recipe.seed, "optimizer": optim.name},
         resume=resume,
         hooks=hooks,
     )
@@ -95,15 +108,21 @@ def train(
             "views": "reference",
             "loss": objective.loss_name,
             "optimizer": f"{optim.name}.{'foreach' if optim.name == 'lars' else 'torch'}",
-            "bn": "torch, per process",
+            "bn": bn_name(trainer.bn_groups, world),
         },
     )
 
 
-def classifier_metrics(setting: Setting, network: ClassifierNet) -> dict[str, float]:
-    """Accuracy on the validation images."""
+def bn_name(groups: int, world: int) -> str:
+    """The implementation of BN in training, and in how many parts of the batch it takes statistics."""
+    own = "torch" if groups == world else "fastsimclr"  # each rank has one part, to itself
+    return f"{own}, {groups} {'part' if groups == 1 else 'parts'} of the batch"
+
+
+def classifier_score(setting: Setting, network: ClassifierNet) -> Score:
+    """How often `network` is right on the validation images of all ranks."""
     logits = extract(network.eval(), setting.passes(setting.splits.val), setting.evaluation_policy, setting.runtime)
-    return accuracy(logits.values, logits.labels)
+    return score(logits.values, logits.labels, setting.ranks)
 
 
 def write_result(
@@ -134,10 +153,14 @@ def write_evaluation(
     seconds: float,
 ) -> dict[str, Any]:
     """Write run/result.json of a stage that trains no network, and return it."""
-    if checkpoint.saved(run):
-        raise FileExistsError(f"run folder {run} holds the checkpoints of a training; give another --out")
-    run.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(run / "recipe.yaml", dump_recipe(setting.recipe))
+
+    def claim() -> None:
+        if checkpoint.saved(run):
+            raise FileExistsError(f"run folder {run} holds the checkpoints of a training; give another --out")
+        run.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(run / "recipe.yaml", dump_recipe(setting.recipe))
+
+    setting.ranks.on_first(claim)
     implementations = {"loader": setting.loader_name(setting.splits.val), "views": "reference"}
     result = {"metrics": metrics, "seconds": round(seconds, 2), "implementations": implementations, **facts}
     return _write(setting, run, stage, result, network)
@@ -151,5 +174,6 @@ def _write(setting: Setting, run: Path, stage: str, result: dict[str, Any], netw
         "data": setting.data_facts(),
         "environment": setting.environment,
     }
-    checkpoint.write_text(run / "result.json", json.dumps(result, indent=2) + "\n")
+    if setting.ranks.first:
+        checkpoint.write_text(run / "result.json", json.dumps(result, indent=2) + "\n")
     return result

@@ -5,9 +5,13 @@ its own rows, its column sums the later ones. With N_i the sum of exp(s_ij) over
     loss_i   = log(1 + N_i / exp(s_ip)),    lse_i = log(N_i + exp(s_ip)),    q_i = 1 - exp(s_ip - lse_i)
     dL/dz_i  = (1 / (M t)) (sum_{j != i, p} (exp(s_ij - lse_i) + exp(s_ij - lse_j)) z_j - (q_i + q_p) z_p)
 where no term cancels as the loss goes to 0. s is kept less 1/t, its largest value, which changes no result.
+
+Over W ranks a rank works out its own M rows against all W·M columns, rectangular.py. It gathers z and the lse in the
+forward; by the formula above its rows' gradient then needs nothing more, so the backward exchanges nothing.
 """
 
-# M rows, both views    N = M / 2 images    D dimensions    B rows of a block    C columns from the block's first row on
+# M rows of this rank, both views    N = M / 2 images    D dimensions    A = W M rows of all ranks
+# B rows of a block    C columns from the block's first row on
 
 from __future__ import annotations
 
@@ -15,8 +19,16 @@ import math
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from fastsimclr.kernels.gather import gather
+from fastsimclr.kernels.nt_xent.rectangular import (
+    FIXED_MAXIMUM_TEMPERATURE,
+    add_negatives_of_all,
+    row_statistics_of_all,
+)
 
 Scaling = Literal["paper", "google"]
 
@@ -26,9 +38,6 @@ MiB on other devices, where few launches matter more."""
 
 MINIMUM_ROWS = 64
 """Fewer rows a block leave the matrix product short of work, whatever the cache holds."""
-
-FIXED_MAXIMUM_TEMPERATURE = 0.025
-"""From here up exp(-2/t) >= exp(-80) is a normal float32, so 1/t serves as the maximum of every row."""
 
 
 class NtXent(NamedTuple):
@@ -45,7 +54,12 @@ class NtXent(NamedTuple):
 
 
 def nt_xent_reference(
-    x: Tensor, temperature: float, *, scaling: Scaling = "paper", block_rows: int | None = None
+    x: Tensor,
+    temperature: float,
+    *,
+    scaling: Scaling = "paper",
+    block_rows: int | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> NtXent:
     """NT-Xent in torch operations: the test oracle, the CPU path and the baseline of the fused kernels.
 
@@ -54,7 +68,9 @@ def nt_xent_reference(
 
     Edge cases: a zero row stays zero and gets no gradient. NaN, infinity or a norm that overflows in any row make the
     loss and the gradient NaN. With a single pair there is no negative: the loss and the gradient are 0.
-    Raises ValueError for a wrong shape, dtype, temperature, scaling or block size.
+
+    group: the ranks whose projections meet, see `nt_xent`. Memory is then O(2NW * block_rows + 2NW * D).
+    Raises ValueError for a wrong shape, dtype, temperature, scaling or block size, and where the ranks' shapes differ.
     """
     if x.dim() != 2 or x.shape[0] < 2 or x.shape[0] % 2 or x.shape[1] == 0:
         raise ValueError(f"x has shape {list(x.shape)}, not [2N, D] with N, D >= 1; stack the two views with torch.cat")
@@ -67,15 +83,42 @@ def nt_xent_reference(
     if block_rows is not None and block_rows < 1:
         raise ValueError(f"block_rows={block_rows} is below 1; use None to choose it by memory")
     elements = BLOCK_ELEMENTS if x.device.type == "cpu" else BLOCK_ELEMENTS_ELSEWHERE
-    rows = block_rows or max(MINIMUM_ROWS, elements // x.shape[0])
+    world = 1 if group is None else dist.get_world_size(group)
+    rows = block_rows or max(MINIMUM_ROWS, elements // (x.shape[0] * world))
     x = x if x.dtype == torch.float64 else x.float()
-    loss, top1, top5 = _NtXent.apply(x, float(temperature), 2.0 if scaling == "google" else 1.0, rows)
+    if world == 1:
+        group = None
+    else:
+        assert group is not None
+        _check_ranks(x, group)
+    loss, top1, top5 = _NtXent.apply(x, float(temperature), 2.0 if scaling == "google" else 1.0, rows, group)
     return NtXent(loss, top1, top5)
+
+
+_agreed: dict[dist.ProcessGroup, tuple[int, ...]] = {}
+
+
+def _check_ranks(x: Tensor, group: dist.ProcessGroup) -> None:
+    """Compare the ranks' shapes, once and whenever this rank's changes: to read them waits for the device."""
+    shape = (*x.shape, x.element_size())
+    if _agreed.get(group) == shape:
+        return
+    _agreed.clear()  # of groups that are gone, too
+    for rank, other in enumerate(gather(torch.tensor(shape, device=x.device), group).tolist()):
+        if tuple(other) != shape:
+            mine = dist.get_rank(group)
+            raise ValueError(
+                f"rank {mine} has projections of shape {list(shape[:2])} and {shape[2]} bytes a value, rank {rank} of"
+                f" {other[:2]} and {other[2]}; give every rank the same number of images, and the same network"
+            )
+    _agreed[group] = shape
 
 
 class _NtXent(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_MD: Tensor, temperature: float, scale: float, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, x_MD: Tensor, temperature: float, scale: float, rows: int, group: dist.ProcessGroup | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         m, n = x_MD.shape[0], x_MD.shape[0] // 2
         norm_M = torch.linalg.vector_norm(x_MD, dim=1)
         # An infinite norm would turn a diverged row into a harmless zero vector.
@@ -83,28 +126,40 @@ class _NtXent(torch.autograd.Function):
         inverse_M = torch.where(norm_M == 0, 0, norm_M.reciprocal())
         z_MD = x_MD * inverse_M[:, None]
         positive_M = ((z_MD[:n] * z_MD[n:]).sum(1) - 1).div_(temperature).repeat(2)
-        negatives_M, below_M = _row_statistics(z_MD, positive_M, temperature, rows)
+        if group is None:
+            first, z_AD = 0, z_MD
+            negatives_M, below_M = _row_statistics(z_MD, positive_M, temperature, rows)
+        else:
+            first, z_AD = m * dist.get_rank(group), gather(z_MD, group).flatten(0, 1)
+            negatives_M, below_M = row_statistics_of_all(z_AD, positive_M, first, temperature, rows)
         margin_M = negatives_M - positive_M
         loss = torch.logaddexp(margin_M, torch.zeros_like(margin_M)).mean() * scale
         # `below` counts the row itself and its positive too: both are masked with -inf.
-        rank_M = m - below_M
+        rank_M = len(z_AD) - below_M
         top1, top5 = (rank_M < 1).float().mean(), (rank_M < 5).float().mean()
-        ctx.save_for_backward(z_MD, inverse_M, torch.logaddexp(negatives_M, positive_M), margin_M.sigmoid())
-        ctx.temperature, ctx.scale, ctx.rows = temperature, scale, rows
+        lse_M = torch.logaddexp(negatives_M, positive_M)
+        lse_A = lse_M if group is None else gather(lse_M, group).flatten()
+        ctx.save_for_backward(z_AD, inverse_M, lse_A, margin_M.sigmoid())
+        ctx.temperature, ctx.scale, ctx.rows, ctx.first, ctx.alone = temperature, scale, rows, first, group is None
         ctx.mark_non_differentiable(top1, top5)
         return loss, top1, top5
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
-        z_MD, inverse_M, lse_M, share_M = ctx.saved_tensors
-        m, n = z_MD.shape[0], z_MD.shape[0] // 2
+    def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None]:
+        z_AD, inverse_M, lse_A, share_M = ctx.saved_tensors
+        m, n = len(inverse_M), len(inverse_M) // 2
+        z_MD = z_AD[ctx.first : ctx.first + m]
         pull_N1 = (share_M[:n] + share_M[n:])[:, None]
         dz_MD = torch.cat((z_MD[n:] * -pull_N1, z_MD[:n] * -pull_N1))
-        _add_negatives(dz_MD, z_MD, lse_M, ctx.temperature, ctx.rows)
+        if ctx.alone:
+            _add_negatives(dz_MD, z_MD, lse_A, ctx.temperature, ctx.rows)
+        else:
+            add_negatives_of_all(dz_MD, z_AD, lse_A, ctx.first, ctx.temperature, ctx.rows)
         dz_MD -= z_MD * (z_MD * dz_MD).sum(1, keepdim=True)
+        # Of W ranks this is W times the gradient of the mean over all rows, which DDP's average makes exact.
         dz_MD *= inverse_M[:, None] * (loss_grad * (ctx.scale / (m * ctx.temperature)))
-        return dz_MD, None, None, None
+        return dz_MD, None, None, None, None
 
 
 def _similarities(z_MD: Tensor, start: int, rows: int, temperature: float, out: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def test_damaged_images_in_training(
     bad = Damaged(files, (0, 7, 8, 22), failure)
     loader = TrainLoader(bad, config(), batch=N, seed=0, stop=3)
     with pytest.raises(
-        DataError, match=r"damaged: at least 1 of 23 images are damaged, over data.max_bad_fraction=0.01"
+        DataError, match=r"damaged: at least [12] of 23 images are damaged, over data.max_bad_fraction=0.01"
     ):
         list(loader)
     caplog.clear()

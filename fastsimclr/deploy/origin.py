@@ -1,0 +1,96 @@
+"""The run that a network comes from: its weights, its classes and how it sees an image."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import fastsimclr
+from fastsimclr import checkpoint
+from fastsimclr.deploy.card import Card, Part, preprocessing
+from fastsimclr.loaders import Policy
+from fastsimclr.models import ClassifierNet, ModelConfig, ResNet, SimCLRNet
+from fastsimclr.recipe import parse_recipe
+from fastsimclr.runtime import Runtime
+from fastsimclr.stages import Setting, recipe_path
+from fastsimclr.stages.networks import load_classifier, load_simclr
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """A finished run of any stage that trains, opened. policy: its evaluation view. runtime: where it is to run."""
+
+    path: Path
+    stage: str
+    facts: dict[str, Any]
+    network: SimCLRNet | ClassifierNet
+    policy: Policy
+    runtime: Runtime
+    max_bad_fraction: float
+    max_pixels: int
+    metrics: dict[str, float]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the logits; () after pretraining."""
+        return tuple(self.facts["classes"])
+
+    def classifier(self) -> ClassifierNet:
+        """The classifier. ValueError after pretraining."""
+        if not isinstance(self.network, ClassifierNet):
+            raise ValueError(
+                f"{self.path} is of stage {self.stage}, which has no classifier; give the folder of a linear (sgd),"
+                " finetune, supervised or distill run"
+            )
+        return self.network
+
+    def part(self, chosen: Part | None) -> tuple[ClassifierNet | ResNet, Card]:
+        """The part to be exported, and its card; None: the classifier where there is one."""
+        named = chosen or ("classifier" if self.classes else "encoder")
+        network = self.classifier() if named == "classifier" else self.network.encoder
+        card = Card(
+            part=named,
+            stage=self.stage,
+            config=ModelConfig(**self.facts["model"]),
+            size=self.facts["size"],
+            head_layer=self.facts["head_layer"] if named == "classifier" else 0,
+            classes=self.classes if named == "classifier" else (),
+            preprocessing=preprocessing(self.policy),
+            metrics=self.metrics,
+            version=fastsimclr.__version__,
+        )
+        return network.eval(), card
+
+
+def open_run(run: Path, device: str, precision: Precision | None) -> Origin:
+    """The network of a run folder, or of a checkpoint in one, on the CPU. precision None: that of the run's recipe.
+
+    Raises CheckpointError where `run` is no such thing, ValueError for a device that is not there, or several ranks.
+    """
+    if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"WORLD_SIZE={world}: this command runs as one process; start it without torchrun")
+    recipe = parse_recipe(recipe_path(run).read_text())
+    result = (run.parent.parent if run.is_file() else run) / "result.json"
+    path = checkpoint.newest(run)
+    state = checkpoint.load(path)
+    stage, facts = state["stage"], state["facts"]
+    del state
+    network = load_classifier(path)[0] if facts["classes"] else load_simclr(path)[0]
+    trainer = replace(recipe.trainer, precision=precision or recipe.trainer.precision)
+    setting = Setting(replace(recipe, device=device, trainer=trainer))
+    return Origin(
+        path=run,
+        stage=stage,
+        facts=facts,
+        network=network.eval(),
+        policy=setting.evaluation_policy,
+        runtime=setting.runtime,
+        max_bad_fraction=recipe.data.max_bad_fraction,
+        max_pixels=recipe.data.max_pixels,
+        metrics=json.loads(result.read_text())["metrics"] if result.is_file() else {},
+    )

@@ -1,0 +1,282 @@
+"""Exported weights give the logits of our own evaluation in torchvision and ONNX Runtime, and come back to the bit."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as T
+
+from fastsimclr.deploy import Card, load_safetensors
+from fastsimclr.deploy.export import ExportConfig, export
+from fastsimclr.deploy.images import open_images
+from fastsimclr.deploy.weights import torchvision_state
+from fastsimclr.evaluate import extract
+from fastsimclr.loaders import DataConfig, EvalLoader
+from fastsimclr.models import ClassifierNet, ModelConfig, ResNet, build_classifier
+from fastsimclr.recipe import parse_recipe
+from fastsimclr.stages import Setting
+from fastsimclr.stages.imported import import_tf
+from fastsimclr.stages.networks import load_classifier, load_encoder
+
+MakeRun = Callable[..., Path]
+CLASSES = ("cat, tabby", 'dog "x"', "new\nline", "ä", "e")
+EIGHTH = ModelConfig(arch="resnet18", width=0.125)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five smooth PNGs of several sizes."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for index, side in enumerate([(64, 48), (120, 100), (80, 160), (101, 99), (64, 64)]):
+        coarse = Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        coarse.resize(side, Image.Resampling.BICUBIC).save(root / f"{index}.png")
+    return root
+
+
+def views(run: Path, photos: Path, normalise: str) -> Tensor:
+    """The evaluation views of a run, [5, 3, S, S], normalised or not."""
+    return ours(lambda images: images, run, photos, normalise)
+
+
+def ours(network: Callable[[Tensor], Tensor], run: Path, photos: Path, normalise: str = "auto") -> Tensor:
+    """Outputs of `network` on the evaluation path of the stages."""
+    setting = Setting(parse_recipe((run / "recipe.yaml").read_text()))
+    loader = EvalLoader(open_images(photos), DataConfig(), batch=5)
+    policy = replace(setting.evaluation_policy, normalise=normalise)  # type: ignore[arg-type]
+    return extract(network, loader, policy, setting.runtime).values
+
+
+def exported(run: Path, form: str, out: Path, **options: Any) -> Path:
+    export(ExportConfig(run=str(run), format=form, out=str(out), **options))  # type: ignore[arg-type]
+    return out
+
+
+def card(model: ModelConfig, size: int, head_layer: int) -> Card:
+    """The card of a classifier on CLASSES."""
+    return Card(
+        part="classifier",
+        stage="finetune",
+        config=model,
+        size=size,
+        head_layer=head_layer,
+        classes=CLASSES,
+        preprocessing={},
+        metrics={},
+        version="0",
+    )
+
+
+def close(found: Tensor, expected: Tensor, rows: int) -> None:
+    """Within 1e-4 of the largest number, and not all alike."""
+    assert found.shape == (rows, *expected.shape[1:])
+    scale = expected.abs().max().item()
+    assert expected.std(dim=0).max().item() > 1e-3 * scale, "the outputs do not depend on the images"
+    assert (found - expected[:rows]).abs().max().item() <= 1e-4 * scale
+
+
+def loaded(arch: str, state: dict[str, Tensor], classes: int = 1000) -> torchvision.models.ResNet:
+    """torchvision's network with these weights and no others: without a key in `state` it has none."""
+    with torch.device("meta"):
+        network = getattr(torchvision.models, arch)(num_classes=classes)
+    network.load_state_dict(state, strict=True, assign=True)
+    return network.eval()
+
+
+def test_torchvision_gives_the_same_logits(make_run: MakeRun, photos: Path, tmp_path: Path) -> None:
+    run = make_run("distill", ModelConfig(arch="resnet18"), 64, CLASSES)
+    path = exported(run, "torchvision", tmp_path / "w.pt")
+    state = torch.load(path, weights_only=True)
+    network = loaded("resnet18", state, len(CLASSES))
+    expected = ours(load_classifier(run)[0].eval(), run, photos)
+    for rows in (1, 5):
+        with torch.no_grad():
+            close(network(views(run, photos, "auto")[:rows]), expected, rows)
+
+
+def test_torchvision_gives_the_same_logits_with_bottlenecks(make_run: MakeRun, photos: Path, randomise: Any) -> None:
+    run = make_run("pretrain", EIGHTH, 64)  # for its views; a resnet50 in a checkpoint takes seconds
+    original = randomise(build_classifier(ModelConfig(), 64, len(CLASSES)), 2).eval()
+    network = loaded("resnet50", torchvision_state(original, card(ModelConfig(), 64, 0), ""), len(CLASSES))
+    with torch.no_grad():
+        close(network(views(run, photos, "auto")), ours(original, run, photos), 5)
+
+
+def test_torchvision_takes_the_encoder_alone(make_run: MakeRun, photos: Path, tmp_path: Path) -> None:
+    run = make_run("pretrain", ModelConfig(arch="resnet18"), 64)
+    state = torch.load(exported(run, "torchvision", tmp_path / "w.pt"), weights_only=True)
+    network = torchvision.models.resnet18().eval()
+    network.fc = torch.nn.Identity()
+    network.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        close(network(views(run, photos, "auto")), ours(load_encoder(run)[0].eval(), run, photos), 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "head_layer", "reasons"),
+    [
+        ({"selective_kernels": True}, 64, 0, ["selective_kernels"]),
+        ({"stem": "cifar"}, 64, 0, ["model.stem cifar"]),
+        ({}, 32, 0, ["model.stem cifar"]),  # stem=auto at 32 px
+        ({"width": 0.5}, 64, 0, ["model.width 0.5"]),
+        ({"arch": "resnet200", "width": 0.125}, 64, 0, ["resnet200", "model.width 0.125"]),
+        ({"maxpool": "tf_same"}, 64, 0, ["model.maxpool"]),
+        ({"project_first": True}, 64, 0, ["model.project_first"]),
+        ({}, 64, 1, ["head layer 1", "--part encoder"]),
+    ],
+)
+def test_torchvision_refuses_by_name(changes: dict[str, Any], size: int, head_layer: int, reasons: list[str]) -> None:
+    model = ModelConfig(**({"arch": "resnet18"} | changes))
+    with pytest.raises(ValueError, match=r"^runs/a does not fit torchvision: .* safetensors or onnx") as error:
+        torchvision_state(
+            build_classifier(model, size, len(CLASSES), head_layer), card(model, size, head_layer), "runs/a"
+        )
+    for reason in reasons:
+        assert reason in str(error.value)
+    assert str(error.value).count(";") == len(reasons) - ("--part encoder" in reasons)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "head_layer"),
+    [
+        (EIGHTH, 32, 1),  # CIFAR stem
+        (replace(EIGHTH, maxpool="tf_same", project_first=True), 64, 0),
+        (replace(EIGHTH, arch="resnet50"), 64, 0),
+        (replace(EIGHTH, arch="resnet50", selective_kernels=True), 65, 1),  # odd maps, whose shortcuts are padded
+    ],
+    ids=["r18-cifar", "r18-google", "r50", "r50-sk"],
+)
+def test_onnx_runtime_gives_the_same_logits(
+    make_run: MakeRun, photos: Path, tmp_path: Path, model: ModelConfig, size: int, head_layer: int
+) -> None:
+    run = make_run("finetune", model, size, CLASSES, head_layer)
+    path = exported(run, "onnx", tmp_path / "w.onnx")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [(value.name, value.shape) for value in session.get_inputs()] == [("images", ["N", 3, size, size])]
+    expected = ours(load_classifier(run)[0].eval(), run, photos)
+    images = views(run, photos, "none")
+    assert images.min() >= 0 and images.max() <= 1
+    for rows in (1, 5):
+        (found,) = session.run(["logits"], {"images": images[:rows].contiguous().numpy()})
+        close(torch.from_numpy(found), expected, rows)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == list(CLASSES)
+    assert json.loads(metadata["preprocessing"])["size"] == size
+    assert [entry.version for entry in onnx.load(path).opset_import if entry.domain == ""] == [20]
+
+
+def test_onnx_of_an_encoder_without_normalisation(make_run: MakeRun, photos: Path, tmp_path: Path) -> None:
+    run = make_run("pretrain", normalise="none")
+    session = onnxruntime.InferenceSession(
+        exported(run, "onnx", tmp_path / "w.onnx"), providers=["CPUExecutionProvider"]
+    )
+    (found,) = session.run(["features"], {"images": views(run, photos, "none").contiguous().numpy()})
+    close(torch.from_numpy(found), ours(load_encoder(run)[0].eval(), run, photos, "none"), 5)
+
+
+def test_onnx_of_an_imported_checkpoint_gives_google_s_own_logits(data_dir: Path, tmp_path: Path) -> None:
+    with tarfile.open(data_dir / "tf-checkpoints.tar.xz") as archive:
+        archive.extractall(tmp_path, [m for m in archive if "/r18_cifar/" in f"/{m.name}"], filter="data")
+    (index,) = tmp_path.rglob("r18_cifar/*.index")
+    import_tf(index.with_suffix(""), tmp_path / "run", head_layer=1)
+    golden = np.load(index.parent / "expected.npz")
+    path = exported(tmp_path / "run" / "classifier", "onnx", tmp_path / "w.onnx")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(["logits"], {"images": golden["images"].transpose(0, 3, 1, 2).copy()})
+    close(torch.from_numpy(found), torch.from_numpy(golden["logits"]), len(golden["logits"]))
+
+
+@pytest.mark.parametrize("part", ["classifier", "encoder"])
+def test_safetensors_comes_back_to_the_bit(make_run: MakeRun, tmp_path: Path, part: str) -> None:
+    model = replace(EIGHTH, arch="resnet50", selective_kernels=True, head_layers=2)
+    run = make_run("finetune", model, 64, CLASSES, 1)
+    path = exported(run, "safetensors", tmp_path / "w.safetensors", part=part)
+    assert path.stat().st_mode == (run / "recipe.yaml").stat().st_mode  # not its owner's alone
+    network, said = load_safetensors(path)
+    original = load_classifier(run)[0]
+    whole = part == "classifier"
+    assert isinstance(network, ClassifierNet if whole else ResNet) and not network.training
+    expected = (original if whole else original.encoder).state_dict()
+    state = network.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert (said.config, said.size, said.stage, said.metrics) == (model, 64, "finetune", {"top1": 0.5})
+    assert (said.part, said.head_layer, said.classes) == ((part, 1, CLASSES) if whole else (part, 0, ()))
+
+
+def test_the_card_says_how_an_image_becomes_the_input(make_run: MakeRun, photos: Path, tmp_path: Path) -> None:
+    run = make_run("pretrain", EIGHTH, 40)
+    said = load_safetensors(exported(run, "safetensors", tmp_path / "w.safetensors"))[1].preprocessing
+    assert said["resize"] == "bilinear, antialiased"
+    expected = []
+    for path in (photos / "0.png", photos / "4.png"):  # their crops of .875 are whole pixels
+        image = T.pil_to_tensor(Image.open(path)).float() / 255
+        side = round(said["centre_fraction"] * min(image.shape[1:]))
+        image = T.resize(T.center_crop(image, [side, side]), [said["size"], said["size"]], antialias=True)
+        expected.append(T.normalize(image, said["mean"], said["std"]))
+    assert (views(run, photos, "auto")[[0, 4]] - torch.stack(expected)).abs().max() < 1e-4
+
+
+def test_safetensors_refuses_foreign_and_damaged_files(make_run: MakeRun, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = exported(make_run("pretrain"), "safetensors", tmp_path / "w.safetensors")
+    data = path.read_bytes()
+    (tmp_path / "cut").write_bytes(data[:-9])
+    save_file({"w": torch.zeros(2)}, tmp_path / "foreign")
+    wider = data.replace(b'\\"width\\": 0.125', b'\\"width\\": 0.250')
+    assert wider != data and len(wider) == len(data)
+    (tmp_path / "wider").write_bytes(wider)
+    for name, said in [
+        ("none", "is not a file"),
+        ("cut", "cannot be read"),
+        ("foreign", "lacks the metadata"),
+        ("wider", "does not fit the model"),
+    ]:
+        with pytest.raises(ValueError, match=said) as error:
+            load_safetensors(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value)
+
+
+def test_a_file_is_replaced_when_asked_to_and_whole_or_not_at_all(make_run: MakeRun, tmp_path: Path) -> None:
+    out = tmp_path / "w.pt"
+    out.write_text("mine")
+    run = make_run("pretrain", ModelConfig(arch="resnet18"), 64)
+    with pytest.raises(FileExistsError, match=r"w\.pt exists; .*--overwrite"):
+        exported(run, "torchvision", out)
+    with pytest.raises(ValueError, match=r"model\.stem cifar"):
+        exported(make_run("pretrain"), "torchvision", out, overwrite=True)
+    assert out.read_text() == "mine" and list(tmp_path.iterdir()) == [out]
+    exported(run, "torchvision", out, overwrite=True)
+    assert "conv1.weight" in torch.load(out, weights_only=True) and list(tmp_path.iterdir()) == [out]
+
+
+def test_bad_requests_are_named(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run("pretrain")
+    with pytest.raises(ValueError, match="stage pretrain, which has no classifier; give"):
+        exported(run, "onnx", tmp_path / "w", part="classifier")
+    with pytest.raises(ValueError, match="not a run folder"):
+        exported(tmp_path, "onnx", tmp_path / "w")
+    with pytest.raises(FileExistsError, match="is a folder"):
+        exported(run, "onnx", tmp_path)
+    monkeypatch.setattr("fastsimclr.deploy.graph.MOST_BYTES", 1000)
+    with pytest.raises(ValueError, match="an ONNX file holds 1,000; use safetensors"):
+        exported(run, "onnx", tmp_path / "w")
+    monkeypatch.setattr("fastsimclr.deploy.files.find_spec", lambda name: None)
+    for form, package in [("onnx", "onnx and onnxscript"), ("safetensors", "safetensors")]:
+        with pytest.raises(ValueError, match=rf'needs {package}; run: pip install "fastsimclr\[export\]"'):
+            exported(run, form, tmp_path / "w")
+    assert list(tmp_path.iterdir()) == []

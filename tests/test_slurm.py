@@ -1,0 +1,83 @@
+"""The SLURM script, run by bash with stand-ins for SLURM's commands: two agents, a stop, a requeue, and the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from fastsimclr import checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+# srun starts the command once a node, scancel signals what srun started, scontrol knows the nodes and notes a requeue.
+STAND_INS = {
+    "srun": """[[ $1 == --kill-on-bad-exit=1 ]] && shift
+pids=()
+for node in $(seq "$SLURM_JOB_NUM_NODES"); do "$@" & pids+=($!); done
+echo "${pids[@]}" > "$STAND/pids"
+code=0
+for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
+exit $code""",
+    "scancel": '[[ $1 == --signal=TERM && $2 == "$SLURM_JOB_ID" ]] && kill -TERM $(cat "$STAND/pids")',
+    "scontrol": """case "$1" in
+  show) echo localhost; echo localhost ;;
+  requeue) echo "$2" >> "$STAND/requeued" ;;
+esac""",
+    "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+}
+
+
+def start(stand: Path, run: Path) -> subprocess.Popen[str]:
+    stand.mkdir(exist_ok=True)
+    for name, text in STAND_INS.items():
+        (stand / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (stand / name).chmod(0o755)
+    words = (
+        "pretrain --config digits.yaml --device cpu --trainer.precision fp32 --model.width 0.125 --pretrain.batch 64"
+        " --pretrain.epochs 3 --pretrain.optim.warmup_epochs 0.2 --trainer.log_every_steps 1"
+        f" --trainer.checkpoint_every_steps 1000 --out {run}"
+    )
+    return subprocess.Popen(
+        ["bash", str(ROOT / "docs" / "slurm.sh"), *words.split()],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PATH": f"{stand}:{os.environ['PATH']}",
+            "STAND": str(stand),
+            "SLURM_JOB_ID": str(os.getpid()),
+            "SLURM_JOB_NODELIST": "localhost",
+            "SLURM_JOB_NUM_NODES": "2",
+            "RANKS_PER_NODE": "1",
+            "OMP_NUM_THREADS": "1",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # two agents on one machine
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_a_stop_is_saved_and_requeued_and_the_next_start_ends_the_run(tmp_path: Path) -> None:
+    stand, run = tmp_path / "stand", tmp_path / "run"
+    first = start(stand, run)
+    metrics = run / "metrics.jsonl"
+    while '"step": 3,' not in (metrics.read_text() if metrics.is_file() else ""):
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.01)
+    first.send_signal(signal.SIGTERM)  # to the script alone, as --signal=B:TERM@120 does
+    said = first.communicate(timeout=60)[0]
+    assert first.returncode == 0, said
+    assert (stand / "requeued").read_text() == f"{os.getpid()}\n"
+    assert said.count("state saved in") == 1
+    (saved,) = checkpoint.saved(run)
+    second = start(stand, run)
+    said = second.communicate(timeout=120)[0]
+    assert second.returncode == 0, said
+    assert f"resumed from {saved}" in said
+    assert (run / "result.json").is_file()
+    assert (stand / "requeued").read_text() == f"{os.getpid()}\n"

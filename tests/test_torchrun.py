@@ -1,0 +1,193 @@
+"""Real torchrun runs on one machine: any number of ranks gives the same network, and a rank's end ends them all."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastsimclr import checkpoint
+from fastsimclr.runlog import read_records
+
+ROOT = Path(__file__).parents[1]
+BATCH, TOTAL = 48, 1438 // 48 + 1
+PRETRAIN = (
+    f"pretrain --config digits.yaml --device cpu --trainer.precision fp64 --model.width 0.125 --pretrain.batch {BATCH}"
+    " --pretrain.epochs 1 --pretrain.optim.lr 0.1 --pretrain.optim.warmup_epochs 0.2 --trainer.log_every_steps 1"
+    " --trainer.checkpoint_every_steps 5 --trainer.bn_groups 4"
+).split()
+
+
+class Run:
+    """One torchrun (or, for no ranks, one plain process) in a session of its own."""
+
+    def __init__(self, ranks: int, *words: str) -> None:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+        self.process = subprocess.Popen(
+            [sys.executable, *launcher, "-m", "fastsimclr", *words],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def rank(self, number: int) -> int:
+        """The process id of a rank."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        for child in children:
+            if f"RANK={number}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
+                return int(child)
+        raise AssertionError(f"no rank {number} among {children}")
+
+    def wait_for(self, run: Path, step: int) -> None:
+        """Until metrics.jsonl has the record of `step`."""
+        file = run / "metrics.jsonl"
+        while f'"step": {step},' not in (file.read_text() if file.is_file() else ""):
+            assert self.process.poll() is None, self.process.communicate()[0]
+            time.sleep(0.002)
+
+    def end(self, timeout_s: float = 120) -> tuple[int, str]:
+        """(exit code, everything said)."""
+        try:
+            said = self.process.communicate(timeout=timeout_s)[0]
+        finally:
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.returncode, said
+
+
+def errors(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith("error:")]
+
+
+def distance(left: Path, right: Path) -> float:
+    """The largest difference between two ends, weights, momentum and BN statistics, relative to each tensor's size."""
+    ends = [checkpoint.load(checkpoint.newest(run)) for run in (left, right)]
+    assert [end["step"] for end in ends] == [TOTAL, TOTAL]
+    assert ends[0]["facts"] == ends[1]["facts"]
+    pairs = [(value, ends[1]["objective"][key]) for key, value in ends[0]["objective"].items()]
+    states = [end["optimizer"]["state"] for end in ends]
+    pairs += [(state["momentum"], states[1][key]["momentum"]) for key, state in states[0].items()]
+    assert len(pairs) > 100
+    return max(float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-12)) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process, with the same four parts of the batch for BN."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    code, said = Run(0, *PRETRAIN, "--out", str(run)).end()
+    assert code == 0, said
+    return run
+
+
+def test_killed_at_four_ranks_and_resumed_at_two_and_three(alone: Path, tmp_path: Path) -> None:
+    for ranks in (2, 3):
+        run = tmp_path / str(ranks)
+        four = Run(4, *PRETRAIN, "--out", str(run))
+        four.wait_for(run, 12)
+        os.kill(four.rank(2), signal.SIGKILL)
+        code, said = four.end(timeout_s=60)
+        assert code != 0
+        assert re.search(r"rank\s+: 2 \(local_rank: 2\)\n\s+exitcode\s+: -9", said), said
+        assert not (run / "result.json").exists()
+        assert checkpoint.newest(run).name == "step-00000010.pt"
+        code, said = Run(ranks, *PRETRAIN, "--out", str(run), "--resume", "auto").end()
+        assert code == 0, said
+        assert said.count("resumed from") == 1
+        assert distance(run, alone) < 1e-9  # reached: 3e-11
+        records = [r for r in read_records(run / "metrics.jsonl") if r["kind"] == "train"]
+        assert [r["step"] for r in records] == list(range(1, TOTAL + 1))
+        expected = [r["loss"] for r in read_records(alone / "metrics.jsonl") if r["kind"] == "train"]
+        np.testing.assert_allclose([r["loss"] for r in records], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("everyone", [False, True])
+def test_sigterm_saves_once_at_one_step(tmp_path: Path, everyone: bool) -> None:
+    run = tmp_path / "stopped"
+    four = Run(4, *PRETRAIN, "--trainer.checkpoint_every_steps", "1000", "--out", str(run))
+    four.wait_for(run, 3)
+    os.kill(four.process.pid if everyone else four.rank(3), signal.SIGTERM)
+    code, said = four.end(timeout_s=60)
+    assert code != 0
+    (saved,) = checkpoint.saved(run)
+    (stopped,) = re.findall(rf"pretrain: stopped at step (\d+) of {TOTAL}, state saved in (\S+);", said)
+    assert stopped == (str(checkpoint.load(saved)["step"]), str(saved))
+    assert 3 < int(stopped[0]) < TOTAL
+    assert errors(said) == []
+
+
+def test_the_failing_rank_is_named_and_the_others_end(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for index in range(64):
+        path = tmp_path / "images" / f"{index % 2}" / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    (tmp_path / "images" / "1" / "33.png").write_bytes(b"not an image")
+    options = (
+        f"pretrain --config folder.yaml --data.root {tmp_path}/images --data.resident never --data.max_bad_fraction 0"
+        f" --device cpu --views.size 16 --model.width 0.125 --model.arch resnet18 --pretrain.batch 8"
+        f" --pretrain.epochs 12 --out {tmp_path}/run"
+    )
+    started = time.monotonic()
+    code, said = Run(2, *options.split()).end(timeout_s=90)
+    assert code != 0
+    (line,) = errors(said)
+    assert re.match(r"error: rank [01] of 2, \S+: images.*33\.png is not an image", line), said
+    assert time.monotonic() - started < 80
+
+
+def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
+    run = tmp_path / "hung"
+    two = Run(2, *PRETRAIN, "--trainer.timeout_s", "5", "--out", str(run))
+    two.wait_for(run, 3)
+    hung = two.rank(1)
+    os.kill(hung, signal.SIGSTOP)
+    while Path(f"/proc/{hung}/stat").read_text().split()[2] != "T":
+        time.sleep(0.01)
+    started = time.monotonic()
+    process, said = two.process, ""
+    assert process.stdout is not None
+    while "error: " not in said and time.monotonic() - started < 60:
+        said += process.stdout.readline()
+    os.killpg(process.pid, signal.SIGKILL)
+    said += process.communicate()[0]
+    (line,) = errors(said)
+    assert "rank 1 on" in line
+    assert "shows no sign of life" in line
+
+
+def test_the_whole_chain_on_two_ranks(tmp_path: Path) -> None:
+    code, said = Run(2, "run", "--config", "digits.yaml", "--smoke", "--device", "cpu", "--out", str(tmp_path)).end()
+    assert code == 0, said
+    assert said.count("results: ") == 1
+    again, said = Run(2, "run", "--config", "digits.yaml", "--smoke", "--device", "cpu", "--out", str(tmp_path)).end()
+    assert again == 0, said
+    assert said.count("done before") == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pretrain.batch", "47"], "pretrain.batch=47 is not divisible by 2 ranks; use 46"),
+        (["--trainer.bn_groups", "5"], "do not divide pretrain.batch=48"),
+        (["--out", "{alone}"], "already holds step-000000"),
+    ],
+)
+def test_an_error_of_all_ranks_is_said_once(alone: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    words = [word.format(alone=alone) for word in words]
+    out = [] if "--out" in words else ["--out", str(tmp_path)]
+    code, said = Run(2, *PRETRAIN, *out, *words).end()
+    assert code != 0
+    (line,) = errors(said)
+    assert message in line, said
