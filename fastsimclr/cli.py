@@ -210,7 +210,7 @@ def _plain(words: Sequence[str]) -> list[str]:
 def _with_recipes(words: list[str]) -> list[str]:
     """Recipes by name looked up in configs/; the recipe of the run to start from, or the default one, put first."""
     words = [_known(word) if i and words[i - 1] == "--config" else word for i, word in enumerate(words)]
-    if not words or words[0] not in _COMMANDS or "--help" in words or "-h" in words:
+    if not words or words[0] not in _COMMANDS or words[0] in _TOOLS or "--help" in words or "-h" in words:
         return words
     first: list[str] = []
     if words[0] == "demo" or (words[0] in ("pretrain", "supervised", "run") and "--config" not in words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -27,7 +28,7 @@ PRETRAIN = (
 
 
 class Run:
-    """One torchrun (or, for no ranks, one plain process) in a session of its own."""
+    """One torchrun or, for no ranks, one plain process."""
 
     def __init__(self, ranks: int, *words: str) -> None:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
@@ -38,16 +39,24 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,
         )
+
+    def children(self) -> list[int]:
+        file = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(child) for child in file.read_text().split()] if file.is_file() else []
 
     def rank(self, number: int) -> int:
         """The process id of a rank."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        for child in children:
+        for child in self.children():
             if f"RANK={number}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
-                return int(child)
-        raise AssertionError(f"no rank {number} among {children}")
+                return child
+        raise AssertionError(f"no rank {number} among {self.children()}")
+
+    def kill(self) -> None:
+        """End torchrun and its ranks, which have sessions of their own."""
+        for pid in [*self.children(), self.process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def wait_for(self, run: Path, step: int) -> None:
         """Until metrics.jsonl has the record of `step`."""
@@ -62,7 +71,7 @@ class Run:
             said = self.process.communicate(timeout=timeout_s)[0]
         finally:
             if self.process.poll() is None:
-                os.killpg(self.process.pid, signal.SIGKILL)
+                self.kill()
         return self.process.returncode, said
 
 
@@ -160,7 +169,7 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
     assert process.stdout is not None
     while "error: " not in said and time.monotonic() - started < 60:
         said += process.stdout.readline()
-    os.killpg(process.pid, signal.SIGKILL)
+    two.kill()
     said += process.communicate()[0]
     (line,) = errors(said)
     assert "rank 1 on" in line
