@@ -17,6 +17,8 @@ set -uo pipefail
 ranks_per_node=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
+grace=() # 30 s from SIGTERM to SIGKILL where torchrun does not know the option
+torchrun --help 2>/dev/null | grep -q -- --shutdown_timeout && grace=(--shutdown_timeout 100)
 again=()
 case "${1:-}" in run | demo | bench | "") ;; *) again=(--resume auto) ;; esac
 
@@ -29,7 +31,7 @@ trap stop TERM
 
 srun --kill-on-bad-exit=1 torchrun \
   --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$ranks_per_node" \
-  --rdzv-backend c10d --rdzv-endpoint "$head_node:$port" --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
+  "${grace[@]}" --rdzv-backend c10d --rdzv-endpoint "$head_node:$port" --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
   -m fastsimclr "$@" "${again[@]}" &
 step=$!
 wait "$step"

@@ -16,8 +16,8 @@ from jsonargparse import ArgumentParser, Namespace
 import fastsimclr
 from fastsimclr import stages
 from fastsimclr.checkpoint import write_text
+from fastsimclr.launch import Launch, launched
 from fastsimclr.models.resnet import Arch
-from fastsimclr.ranks import Launch, launched
 from fastsimclr.recipe import Recipe, add_recipe_arguments, check_sections, parse_recipe, recipe_from, recipe_keys
 from fastsimclr.stopping import Stopped
 
@@ -55,8 +55,9 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
-        first = launched().ranks.first  # of several ranks one says it
-        self.exit(2, f"error: {_one_line(message)}; see {command} --help\n" if first else None)
+        text = f"{_one_line(message)}; see {command} --help"
+        said = launched().blame(ValueError(message), text)  # of several ranks one says it
+        self.exit(2, f"error: {said}\n" if said else None)
 
 
 class _StageParser(_Parser):
@@ -235,8 +236,8 @@ def _known(name: str) -> str:
         return str(packaged)
     if path.stem == "v2-paper":
         raise ValueError(
-            "--config v2-paper needs SimCLRv2's memory (a momentum encoder and a queue of negatives), which this version"
-            " lacks; use v2-nomemory, the same recipe without it"
+            "--config v2-paper needs SimCLRv2's memory (a momentum encoder and a queue of negatives), which this"
+            " version lacks; use v2-nomemory, the same recipe without it"
         )
     known = ", ".join(path.name for path in sorted(CONFIGS.glob("*.yaml")))
     raise FileNotFoundError(f"--config {name} is not a file; give a file, or one of {known}")

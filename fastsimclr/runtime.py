@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 import fastsimclr
-from fastsimclr.ranks import Launch, Ranks, launched
+from fastsimclr.launch import Launch, launched
+from fastsimclr.ranks import Ranks
 
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 _DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

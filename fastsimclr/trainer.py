@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsimclr import checkpoint
 from fastsimclr.feed import Feed, Shipment
+from fastsimclr.generators import rng_state, set_rng_state
+from fastsimclr.launch import step_done
 from fastsimclr.loaders import Batch, Policy
+from fastsimclr.meter import Meter, shown
 from fastsimclr.models import average_running_statistics, batch_groups, load_weights, set_groups
 from fastsimclr.objectives import Objective
 from fastsimclr.optim import Schedule, set_lr
-from fastsimclr.ranks import Agreement, Ranks, reached
+from fastsimclr.ranks import Agreement, Ranks
 from fastsimclr.runlog import RunLog, logger
 from fastsimclr.runtime import Runtime
 from fastsimclr.stopping import StopFlag, Stopped
@@ -127,18 +128,18 @@ class Trainer:
             StopFlag() as flag,
             Feed(batches, job.policy, seed=job.seed, views=job.objective.views, runtime=self.runtime) as feed,
         ):
-            meter, stop = _Meter(feed, self.runtime), Agreement(self.ranks)
+            meter, stop = Meter(feed, self.runtime), Agreement(self.ranks)
             for shipment in feed:
                 rate = job.schedule(self.step)
                 self._train_step(network, shipment, rate, meter)
                 self.step += 1
-                reached(self.step)
+                step_done()
                 signum = stop.propose(flag.signum or 0)  # read once: what comes later is for the next step
                 save = signum > 0 or self.step == total or self.step % config.checkpoint_every_steps == 0
                 if save or self.step % config.log_every_steps == 0:
                     self.last = self._read(meter, rate)
                     log.record("train", self.step, self.last)
-                    log.progress(self.step, _shown(self.last))
+                    log.progress(self.step, shown(self.last))
                 with meter.paused():
                     self._run_hooks(log)
                     path = self._save() if save else None
@@ -155,7 +156,12 @@ class Trainer:
         job.objective.group = ranks.group
         alone = ranks.world == 1 and self.bn_groups == 1
         groups = batch_groups(
-            self.bn_groups, views=job.objective.views, rank=ranks.rank, world=ranks.world, group=ranks.group
+            self.bn_groups,
+            views=job.objective.views,
+            rank=ranks.rank,
+            world=ranks.world,
+            group=ranks.group,
+            timeout=timedelta(seconds=self.config.timeout_s),
         )
         set_groups(job.objective, None if alone else groups)
         step = _Step(job.objective)
@@ -185,7 +191,7 @@ class Trainer:
         """One set of BN statistics on all ranks, before anybody reads them."""
         average_running_statistics(self.job.objective, self.ranks.group)
 
-    def _train_step(self, network: _Parallel, shipment: Shipment, rate: float, meter: _Meter) -> None:
+    def _train_step(self, network: _Parallel, shipment: Shipment, rate: float, meter: Meter) -> None:
         job = self.job
         set_lr(job.optimizer, rate)
         with self.runtime.autocast():
@@ -197,7 +203,7 @@ class Trainer:
         job.optimizer.zero_grad(set_to_none=True)
         meter.add(len(shipment.ids), {"loss": loss.detach(), **metrics})
 
-    def _read(self, meter: _Meter, rate: float) -> dict[str, float]:
+    def _read(self, meter: Meter, rate: float) -> dict[str, float]:
         values = meter.read()
         self.trained_s += values.pop("elapsed_s")
         # The loss is from before the step's update: the update may break weights that a checkpoint would keep.
@@ -270,7 +276,7 @@ class Trainer:
 
     def _restore(self, path: Path, state: dict[str, Any]) -> None:
         job = self.job
-        begun = state["facts"].setdefault("bn_groups", 1)
+        begun = state["facts"].setdefault("bn_groups", 1)  # not in checkpoints of one process, of earlier versions
         if isinstance(self.config.bn_groups, str) and begun != self.bn_groups:
             logger.info("%s: BN keeps the %d parts of the batch that the run began with", job.stage, begun)
             self.bn_groups = begun
@@ -318,74 +324,3 @@ def bn_groups(config: TrainerConfig, ranks: Ranks) -> int:
     if isinstance(config.bn_groups, int):
         return config.bn_groups
     return {"global": 1, "node": ranks.hosts, "rank": ranks.world}[config.bn_groups]
-
-
-class _Meter:
-    """Sums metrics on the device between two reads; a read is the loop's only synchronisation.
-
-    Every rank has the same number of images a step, so that the mean over the ranks is that over the global batch.
-    """
-
-    def __init__(self, feed: Feed, runtime: Runtime) -> None:
-        self._feed, self._runtime = feed, runtime
-        self._restart()
-
-    def _restart(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._steps = self._images = 0
-        self._since, self._waited = time.perf_counter(), self._feed.waited_s
-
-    def add(self, images: int, values: dict[str, Tensor]) -> None:
-        for key, value in values.items():
-            value = value.float()
-            self._sums[key] = self._sums[key] + value if key in self._sums else value
-        self._steps += 1
-        self._images += images
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the time of probes and checkpoints out of the rates."""
-        start = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - start
-
-    def read(self) -> dict[str, float]:
-        keys, ranks = list(self._sums), self._runtime.ranks
-        sums = torch.stack([self._sums[key] for key in keys])
-        means = (ranks.total(sums) / (self._steps * ranks.world)).tolist()
-        elapsed = time.perf_counter() - self._since
-        values = dict(zip(keys, means, strict=True))
-        values["images_per_s"] = round(self._images * ranks.world / elapsed, 2)
-        values["data_wait_pct"] = round(100 * (self._feed.waited_s - self._waited) / elapsed, 2)
-        values["elapsed_s"] = elapsed
-        self._restart()
-        return values
-
-
-def _shown(values: dict[str, float]) -> dict[str, str]:
-    shown = {"loss": f"{values['loss']:.3f}"}
-    shown |= {key: f"{value:.2f}" for key, value in values.items() if key.endswith(("top1", "agreement"))}
-    return shown | {"img/s": f"{values['images_per_s']:.0f}", "wait": f"{values['data_wait_pct']:.0f}%"}
-
-
-def rng_state(device: torch.device) -> dict[str, Any]:
-    """The state of every global generator: Python, NumPy, torch and the device."""
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
-
-
-def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put back what `rng_state` returned."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["device"] is not None:
-        torch.cuda.set_rng_state(state["device"], device)

@@ -9,7 +9,7 @@ from fastsimclr.loaders.draw import Policy, ViewParams, draw
 from fastsimclr.loaders.faults import too_many_damaged
 from fastsimclr.loaders.native import EvalLoader, Loader, TrainLoader
 from fastsimclr.loaders.order import Order, epoch_order, rank_positions, steps_per_run
-from fastsimclr.loaders.resident import Resident, hold, thread_count
+from fastsimclr.loaders.resident import Resident, free_bytes, hold, thread_count
 from fastsimclr.loaders.sets import ArraySource, FileSource, Relabelled, Subset
 from fastsimclr.loaders.source import DataError, Source
 from fastsimclr.loaders.splits import hold_out
@@ -34,6 +34,7 @@ __all__ = [
     "ViewParams",
     "draw",
     "epoch_order",
+    "free_bytes",
     "hold",
     "hold_out",
     "label_subset",

@@ -84,16 +84,17 @@ def hold(
     config: DataConfig,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
-    sharers: int = 1,
+    *,
+    free: int | None = None,
 ) -> Resident | None:
     """`source` decoded on `device`, or None where config.resident is "never", or "auto" and it does not fit.
 
-    progress: called with (images done, n). sharers: how many processes hold one each in the memory of `device`.
+    progress: called with (images done, n). free: bytes to reckon with, measured where None.
     Raises DataError where it must fit and does not, or too much is damaged.
     """
     if config.resident == "never" or not len(source):
         return None
-    limit = (int(config.resident_gib * GIB) or free_bytes(device) // 2) // sharers
+    limit = int(config.resident_gib * GIB) or (free_bytes(device) if free is None else free) // 2
     reader = Reader(source, config.max_bad_fraction, config.max_pixels)
     needed = _estimate(reader)
     if needed > limit:

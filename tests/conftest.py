@@ -104,7 +104,7 @@ class RanksPool:
     ranks; the next call starts new ones.
     """
 
-    def __init__(self, timeout_s: float = 60.0) -> None:
+    def __init__(self, timeout_s: float = 180.0) -> None:
         self.timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
 

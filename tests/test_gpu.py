@@ -13,11 +13,12 @@ from torch import Tensor
 from fastsimclr.feed import Feed, ship
 from fastsimclr.kernels.nt_xent import nt_xent
 from fastsimclr.loaders import Batch, DataConfig, Policy, TrainLoader, hold, open_data
+from fastsimclr.meter import Meter
 from fastsimclr.models import ModelConfig, build_simclr
 from fastsimclr.objectives import Contrastive
 from fastsimclr.optim import LARS, OptimConfig, Schedule, build_optimizer
 from fastsimclr.runtime import Precision, Runtime
-from fastsimclr.trainer import Job, Trainer, TrainerConfig, _Meter
+from fastsimclr.trainer import Job, Trainer, TrainerConfig
 
 pytestmark = pytest.mark.gpu
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -47,6 +48,7 @@ def trainer_on(device: torch.device, precision: Precision, run: Path) -> Trainer
         schedule=Schedule(peak=0.1, warmup_steps=0, total_steps=STEPS),
         batches=lambda start, stop: batches(32, device, start, stop),
         policy=Policy(size=32, strength=0.5, blur=0.0),
+        batch=BATCH,
         seed=0,
         fingerprint="",
         recipe="",
@@ -113,13 +115,13 @@ def test_a_step_never_waits_for_the_device(precision: Precision, tmp_path: Path)
     job.objective.train()
     with Feed(job.batches(0, STEPS), job.policy, seed=0, views=2, runtime=trainer.runtime) as feed:
         shipments = list(feed)
-        meter = _Meter(feed)
-        trainer._train_step(shipments[0], 0.1, meter)  # cuDNN and the optimizer's state set themselves up
+        meter, network = Meter(feed, trainer.runtime), trainer._parallel()
+        trainer._train_step(network, shipments[0], 0.1, meter)  # cuDNN and the optimizer's state set themselves up
         torch.cuda.synchronize()
         try:
             torch.cuda.set_sync_debug_mode("error")
             for shipment in shipments[1:]:
-                trainer._train_step(shipment, 0.1, meter)
+                trainer._train_step(network, shipment, 0.1, meter)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert math.isfinite(meter.read()["loss"])

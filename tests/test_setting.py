@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastsimclr.cli import main
-from fastsimclr.loaders import DataConfig, Policy
+from fastsimclr.loaders import DataConfig, DataError, Policy
+from fastsimclr.optim import OptimConfig
+from fastsimclr.ranks import Ranks
 from fastsimclr.recipe import Recipe, parse_recipe
+from fastsimclr.runtime import Runtime
 from fastsimclr.stages import Setting
+from fastsimclr.trainer import TrainerConfig
 
 DIGITS = Recipe(device="cpu", data=DataConfig(labels_per_class=2, label_seed=3), views=Policy(size=8))
 
@@ -59,3 +65,44 @@ def test_the_recipe_without_config(
         main(["pretrain", *words, "--print_config"])
     recipe = parse_recipe(capsys.readouterr().out)
     assert (recipe.data.source, recipe.model.arch) == (source, arch)
+
+
+def test_damage_found_in_a_part_is_measured_on_that_part(tmp_path: Path) -> None:
+    for index in range(60):
+        place = tmp_path / "ab"[index % 2]
+        place.mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), index, np.uint8)).save(place / f"{index:02d}.png")
+    for index in (0, 21):
+        (tmp_path / "ab"[index % 2] / f"{index:02d}.png").write_bytes(b"not an image")
+    data = DataConfig(source="folder", root=str(tmp_path), resident="never", max_bad_fraction=0.1)
+    setting = Setting(replace(DIGITS, data=data))
+    every = setting.splits.unlabelled
+    list(setting.passes(every))
+    (subset,) = (source for source in [setting.first(every, 10)])
+    list(setting.passes(subset))  # fewer images than the damaged ones would be a tenth of
+    (damaged,) = setting.data_facts()["damaged"].values()
+    assert len(damaged) >= 1
+    strict = Setting(replace(DIGITS, data=replace(data, max_bad_fraction=0.01)))
+    with pytest.raises(DataError, match=r"at least 1 of \d+ images are damaged"):
+        list(strict.passes(strict.splits.unlabelled))
+
+
+def set_up(ranks: Ranks, lr: float) -> str:
+    """What a Setting says on a rank whose recipe has another learning rate."""
+    recipe = replace(DIGITS, trainer=TrainerConfig(precision="fp32"))
+    if ranks.rank == 1:
+        recipe = replace(recipe, pretrain=replace(recipe.pretrain, optim=OptimConfig(lr=lr)))
+    runtime = Runtime(device=torch.device("cpu"), precision="fp32", ranks=ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastsimclr.stages.setting.choose_runtime", lambda *_: runtime)
+        try:
+            Setting(recipe)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def test_ranks_with_other_recipes_are_refused(ranks_pool: Callable[..., list[str]]) -> None:
+    said = ranks_pool(2, set_up, 0.123)
+    assert said[0] == said[1]
+    assert "rank 1 was given another recipe than rank 0 (pretrain.optim.lr: 1.0 -> 0.123" in said[0]

@@ -20,13 +20,14 @@ from fastsimclr import checkpoint
 from fastsimclr.checkpoint import CheckpointError
 from fastsimclr.feed import ship
 from fastsimclr.loaders import ArraySource, DataConfig, Policy, TrainLoader
+from fastsimclr.meter import Meter
 from fastsimclr.models import ModelConfig, build_classifier, build_simclr
 from fastsimclr.objectives import Contrastive, CrossEntropy, Objective
 from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
 from fastsimclr.runlog import read_records
 from fastsimclr.runtime import Runtime
 from fastsimclr.stopping import StopFlag, Stopped
-from fastsimclr.trainer import Hook, Job, Trainer, TrainerConfig, _Meter
+from fastsimclr.trainer import Hook, Job, Trainer, TrainerConfig
 
 CPU = Runtime(device=torch.device("cpu"), precision="fp32")
 TINY = ModelConfig(arch="resnet18", width=0.125, head_layers=1, head_dim=8)
@@ -274,7 +275,7 @@ def one_step(given: Job, runtime: Runtime) -> Callable[[], None]:
     class NoFeed:
         waited_s = 0.0
 
-    meter, network = _Meter(NoFeed(), runtime), trainer._parallel()  # type: ignore[arg-type]
+    meter, network = Meter(NoFeed(), runtime), trainer._parallel()  # type: ignore[arg-type]
     trainer._train_step(network, shipment, 0.1, meter)
     return lambda: trainer._train_step(network, shipment, 0.1, meter)
 

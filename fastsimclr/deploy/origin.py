@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -70,10 +69,8 @@ class Origin:
 def open_run(run: Path, device: str, precision: Precision | None) -> Origin:
     """The network of a run folder, or of a checkpoint in one, on the CPU. precision None: that of the run's recipe.
 
-    Raises CheckpointError where `run` is no such thing, ValueError for a device that is not there, or several ranks.
+    Raises CheckpointError where `run` is no such thing, ValueError for a device that is not there.
     """
-    if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ValueError(f"WORLD_SIZE={world}: this command runs as one process; start it without torchrun")
     recipe = parse_recipe(recipe_path(run).read_text())
     result = (run.parent.parent if run.is_file() else run) / "result.json"
     path = checkpoint.newest(run)

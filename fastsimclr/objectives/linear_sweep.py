@@ -38,13 +38,14 @@ class LinearSweep(Objective):
         return self
 
     def forward(self, images: Tensor, labels: Tensor) -> Outcome:
-        """loss: the sum over the classifiers. top1: of the classifier that is best on this batch."""
+        """loss: the sum over the classifiers. top1: their mean."""
         with torch.no_grad():
             features = self.network.features(images)
-        logits_SNK = torch.stack([candidate(features).float() for candidate in self.candidates])
+        logits_SNK = torch.stack([candidate(features) for candidate in self.candidates])
+        logits_SNK = logits_SNK.to(torch.promote_types(logits_SNK.dtype, torch.float32))
         losses = [F.cross_entropy(logits_NK, labels) for logits_NK in logits_SNK]
-        top1_S = (logits_SNK.detach().argmax(dim=2) == labels).float().mean(dim=1)
-        return Outcome(loss=torch.stack(losses).sum(), metrics={"top1": top1_S.max()})
+        top1 = (logits_SNK.detach().argmax(dim=2) == labels).float().mean()
+        return Outcome(loss=torch.stack(losses).sum(), metrics={"top1": top1})
 
     def supervised_heads(self) -> Sequence[nn.Module]:
         return tuple(self.candidates)

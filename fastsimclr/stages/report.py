@@ -49,11 +49,12 @@ def summary(runs: Sequence[Results]) -> str:
     gains = [(name, [run[a]["metrics"]["top1"] - run[b]["metrics"]["top1"] for run in runs]) for name, a, b in _GAINS]
     training = first["pretrain"]["training"]
     seconds = statistics.mean(run["pretrain"]["seconds"] for run in runs)
-    data, device = first["pretrain"]["data"], first["pretrain"]["environment"]["device"]
+    data, where = first["pretrain"]["data"], first["pretrain"]["environment"]
+    ranks = f", {where['ranks']} ranks" if where.get("ranks", 1) > 1 else ""
     return "\n".join(
         [
             f"{data['source']}: {data['images']:,} images for training, {data['val']:,} for validation",
-            f"pretraining: {training['steps']:,} steps in {seconds:.0f} s on {device}",
+            f"pretraining: {training['steps']:,} steps in {seconds:.0f} s on {where['device']}{ranks}",
             "",
             *aligned(rows),
             "",

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 from tqdm import tqdm
 
+from fastsimclr import checkpoint
 from fastsimclr.loaders import (
     Batch,
     DataError,
@@ -22,13 +23,14 @@ from fastsimclr.loaders import (
     Splits,
     Subset,
     TrainLoader,
+    free_bytes,
     hold,
     label_subset,
     open_data,
     thread_count,
     too_many_damaged,
 )
-from fastsimclr.recipe import Labels, Recipe
+from fastsimclr.recipe import Labels, Recipe, dump_recipe
 from fastsimclr.runlog import logger
 from fastsimclr.runtime import choose_runtime, environment
 
@@ -46,12 +48,23 @@ class Setting:
         self.ranks = self.runtime.ranks
         here = self.ranks.local_world
         threads = recipe.data.threads or max(1, thread_count(0) // here)
-        self.data = replace(recipe.data, threads=threads)
         self._sharers = here if self.runtime.device.type == "cpu" else 1
+        self.data = replace(recipe.data, threads=threads, resident_gib=recipe.data.resident_gib / self._sharers)
         self.environment = environment(self.runtime)  # now: the checkout may change while this process runs
         self._held: dict[tuple[str, str], Resident | None] = {}
-        self._damaged: dict[str, list[dict[int, str]]] = {}
-        self._sizes: dict[str, int] = {}
+        self._damaged: dict[tuple[str, str], tuple[Source, list[dict[int, str]]]] = {}
+        self._agree()
+
+    def _agree(self) -> None:
+        """ValueError where a rank was given another recipe or chose another precision than rank 0."""
+        texts = self.ranks.gather(dump_recipe(self.recipe))
+        for rank, text in enumerate(texts):
+            if changes := checkpoint.differences(texts[0], text):
+                raise ValueError(
+                    f"rank {rank} was given another recipe than rank 0 ({'; '.join(changes[:3])});"
+                    " give the same options and files on every machine"
+                )
+        self.ranks.same("the precision", self.runtime.precision)
 
     @cached_property
     def splits(self) -> Splits:
@@ -146,14 +159,19 @@ class Setting:
         DataError where all ranks together found more damaged images than data.max_bad_fraction allows.
         """
         splits = self.splits
-        mine = {name: {k: v for bad in found for k, v in bad.items()} for name, found in self._damaged.items()}
-        damaged: dict[str, dict[int, str]] = {}
+        mine = {
+            key: (source.name, len(source), {k: v for bad in found for k, v in bad.items()})
+            for key, (source, found) in self._damaged.items()
+        }
+        reasons: dict[str, set[str]] = {}
+        everywhere: dict[tuple[str, str], dict[int, str]] = {}
         for found in self.ranks.gather(mine):
-            for name, bad in found.items():
-                damaged.setdefault(name, {}).update(bad)
-        for name, bad in damaged.items():
-            if len(bad) > self.data.max_bad_fraction * self._sizes[name]:
-                raise too_many_damaged(name, self._sizes[name], bad, self.data.max_bad_fraction)
+            for key, (name, n, bad) in found.items():
+                together = everywhere.setdefault(key, {})
+                together.update(bad)
+                if len(together) > self.data.max_bad_fraction * n:
+                    raise too_many_damaged(name, n, together, self.data.max_bad_fraction)
+                reasons.setdefault(name, set()).update(bad.values())
         return {
             "source": splits.unlabelled.name,
             "images": len(splits.unlabelled),
@@ -161,26 +179,31 @@ class Setting:
             "val": len(splits.val),
             "classes": len(splits.val.classes),
             "fingerprint": splits.unlabelled.fingerprint,
-            "damaged": {name: sorted(set(bad.values())) for name, bad in damaged.items() if bad},
+            "damaged": {name: sorted(found) for name, found in reasons.items() if found},
         }
 
     def _resident(self, source: Source) -> Resident | None:
-        # A fingerprint knows names below the root only: two folders may share it.
-        key = (source.fingerprint, source.describe(0) if len(source) else source.name)
+        key = _key(source)
         if key not in self._held:
+            free = min(self.ranks.gather(free_bytes(self.runtime.device))) // self._sharers  # one answer on all ranks
             shown = None if self.ranks.first else True  # None: where there is a terminal
             with tqdm(desc=f"decoding {source.name}", unit="image", disable=shown, leave=False) as bar:
                 self._held[key] = hold(
-                    source, self.data, self.runtime.device, lambda done, n: _show(bar, done, n), self._sharers
+                    source, self.data, self.runtime.device, lambda done, n: _show(bar, done, n), free=free
                 )
             where = f"held decoded on {self.runtime.device}" if self._held[key] else "decoded as it is read"
             logger.info("%s: %d images %s", source.name, len(source), where)
         return self._held[key]
 
     def _noting_damage(self, loader: Loader) -> Iterable[Batch]:
-        self._damaged.setdefault(loader.source.name, []).append(loader.bad)
-        self._sizes[loader.source.name] = len(loader.source)
+        source = loader.source
+        self._damaged.setdefault(_key(source), (source, []))[1].append(loader.bad)
         return loader
+
+
+def _key(source: Source) -> tuple[str, str]:
+    """What a source is known by: a fingerprint knows names below the root only, which two folders may share."""
+    return source.fingerprint, source.describe(0) if len(source) else source.name
 
 
 def _show(bar: tqdm[NoReturn], done: int, n: int) -> None:

@@ -60,17 +60,23 @@ def train(
 ) -> Trained:
     """Train `objective` on `source` to the end of the schedule.
 
-    A batch of null is 256, or all images where fewer, less what the ranks cannot share evenly.
+    A batch of null is that of the run to be resumed, else 256, or all images where fewer, less what the ranks cannot
+    share evenly.
     """
     n, optim, world = len(source), config.optim, setting.ranks.world
-    batch = min(_DEFAULT_BATCH, n) if config.batch is None else config.batch
-    if config.batch is None:
+    setting.ranks.same(f"the images of {source.name} for {stage}", (n, source.fingerprint))
+    if n < world:
+        raise ValueError(f"{stage}: {source.name} has {n} images for {world} ranks; start at most {n}")
+    batch = config.batch
+    if batch is None and resume:
+        batch = setting.ranks.on_first(lambda: _begun_with(run))
+    if batch is None:
+        batch = min(_DEFAULT_BATCH, n)
         batch -= batch % world
-    if batch % world or not batch:
+    if batch % world:
         raise ValueError(
-            f"{stage}.batch={batch} is not divisible by {world} ranks; use {max(batch - batch % world, world)}"
-            if batch
-            else f"{stage}: {n} images of {source.name} for {world} ranks; start at most {n}"
+            f"{stage}.batch={batch} is not divisible by {world} ranks;"
+            f" use {max(batch - batch % world, world)}, or another number of ranks"
         )
     if batch > n:
         raise DataError(
@@ -111,6 +117,12 @@ def train(
             "bn": bn_name(trainer.bn_groups, world),
         },
     )
+
+
+def _begun_with(run: Path) -> int | None:
+    """The batch of the newest checkpoint in `run`, if there is one: at first it may have fitted other ranks."""
+    saved = checkpoint.saved(run)
+    return checkpoint.load(saved[-1])["facts"].get("batch") if saved else None
 
 
 def bn_name(groups: int, world: int) -> str:

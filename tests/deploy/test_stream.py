@@ -213,9 +213,6 @@ def test_bad_requests_are_named(
     with pytest.raises(FileExistsError, match=r"e\.csv exists; .*--overwrite"):
         embedded(run, folder, tmp_path / "e.npy")
     assert (tmp_path / "e.csv").read_text() == "mine"
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE=2: this command runs as one process"):
-        embedded(run, folder, tmp_path / "f.npy")
     monkeypatch.setattr("fastsimclr.deploy.files.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'needs pyarrow; run: pip install "fastsimclr\[parquet\]"'):
         embedded(run, folder, tmp_path / "f.parquet")

@@ -1,0 +1,177 @@
+"""What the ranks exchange, how they agree on a stop, and how one names the rank that failed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from fastsimclr import checkpoint, launch
+from fastsimclr.launch import Launch
+from fastsimclr.loaders import DataConfig, TrainLoader
+from fastsimclr.ranks import Agreement, Ranks
+from fastsimclr.runtime import Runtime
+from fastsimclr.stopping import Stopped
+from tests.test_trainer import BATCH, SOURCE, TOTAL, At, fit, job
+
+Pool = Callable[..., list[Any]]
+
+
+def exchanged(ranks: Ranks) -> dict[str, Any]:
+    rows = torch.arange(3.0 * ranks.rank).reshape(ranks.rank, 3) + ranks.rank  # none on rank 0
+    found: dict[str, Any] = {
+        "rows": ranks.gather_rows(rows),
+        "total": ranks.total(torch.tensor([1.0, ranks.rank])),
+        "gathered": ranks.gather(f"rank {ranks.rank}"),
+        "first": ranks.on_first(lambda: {"from": ranks.rank}),
+    }
+
+    class Local(Exception):
+        """Pickle cannot find it."""
+
+    def fail() -> None:
+        raise Local("the reason")
+
+    try:
+        ranks.on_first(fail)
+    except Exception as error:
+        found["local"] = f"{type(error).__name__} {error}"
+    for name, act in {
+        "on_first": lambda: ranks.on_first(lambda: {}["key"]),
+        "same": lambda: ranks.same("the number", min(ranks.rank, 2)),
+    }.items():
+        try:
+            act()
+        except (KeyError, ValueError) as error:
+            found[name] = f"{type(error).__name__} {error}"
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_every_rank_hears_the_same(ranks_pool: Pool, world: int) -> None:
+    rows = torch.cat([torch.arange(3.0 * r).reshape(r, 3) + r for r in range(world)])
+    for found in ranks_pool(world, exchanged):
+        assert torch.equal(found["rows"], rows)
+        assert found["total"].tolist() == [world, sum(range(world))]
+        assert found["gathered"] == [f"rank {r}" for r in range(world)]
+        assert found["first"] == {"from": 0}
+        assert found["on_first"] == "KeyError 'key'"
+        assert found["local"] in ("Local the reason", "RuntimeError Local: the reason")
+        if world > 1:
+            assert found["same"].startswith("ValueError rank 1 has the number 1, rank 0 has 0; every rank must see")
+
+
+def agreed(ranks: Ranks) -> list[int]:
+    agreement = Agreement(ranks)
+    heard = [agreement.propose(ranks.rank if step == 2 else 0) for step in range(5)]
+    return [*heard, agreement.final(7 if ranks.rank == 1 else 0)]
+
+
+def test_a_proposal_is_heard_by_all_at_the_next_step(ranks_pool: Pool) -> None:
+    assert ranks_pool(4, agreed) == [[0, 0, 0, 3, 0, 7]] * 4
+    assert ranks_pool(1, agreed) == [[0, 0, 0, 0, 0, 0]]
+
+
+def stopped(ranks: Ranks, run: Path, rank: int, moment: int, checkpoint_every_steps: int) -> str:
+    """The message with which a training ends in which one rank gets SIGTERM while a hook runs after step `moment`."""
+
+    def act() -> None:
+        if ranks.rank == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def batches(start: int, stop: int) -> TrainLoader:
+        data = DataConfig(resident="never", threads=1)
+        return TrainLoader(
+            SOURCE, data, batch=BATCH, seed=0, start=start, stop=stop, rank=ranks.rank, world=ranks.world
+        )
+
+    given = replace(job(run, hooks=(At(moment, act),)), batches=batches)
+    runtime = Runtime(device=torch.device("cpu"), precision="fp32", ranks=ranks)
+    try:
+        fit(given, runtime, checkpoint_every_steps=checkpoint_every_steps)
+    except Stopped as stop:
+        return str(stop)
+    return "ran to the end"
+
+
+@pytest.mark.parametrize(("world", "rank"), [(2, 0), (4, 3)])
+def test_sigterm_to_one_rank_stops_all_at_one_step(ranks_pool: Pool, tmp_path: Path, world: int, rank: int) -> None:
+    said = ranks_pool(world, stopped, tmp_path, rank, 3, 100)
+    (saved,) = checkpoint.saved(tmp_path)
+    assert saved.name == "step-00000005.pt"  # proposed after step 4, heard after step 5
+    assert said[0] == f"pretrain: stopped at step 5 of {TOTAL}, state saved in {saved}"
+    assert all(f"stopped at step 5 of {TOTAL}" in text for text in said)
+
+
+def test_sigterm_after_the_last_step_is_heard_by_all(ranks_pool: Pool, tmp_path: Path) -> None:
+    said = ranks_pool(2, stopped, tmp_path, 1, TOTAL, 100)
+    assert all(f"stopped at step {TOTAL} of {TOTAL}" in text for text in said)
+    assert [path.name for path in checkpoint.saved(tmp_path)] == [f"step-{TOTAL:08d}.pt"]
+
+
+ECHO = RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:2000")
+
+
+def launches(hosts: tuple[str, ...] = ("a", "a", "b")) -> list[Launch]:
+    """Three ranks in one process that meet in one store."""
+    store = HashStore()
+    return [
+        Launch(ranks=Ranks(rank=r, world=3, local_rank=r % 2, local_world=2), store=store, host=host)
+        for r, host in enumerate(hosts)
+    ]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "SILENT_S", 0.2)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+
+def test_the_first_to_fail_speaks_and_its_echoes_do_not(quick: None, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    zero, one, two = launches()
+    assert one.blame(ValueError("no such file"), "no such file") == "rank 1 of 3, a: no such file"
+    assert "no such file" in (tmp_path / "error.json").read_text()  # where torchrun's own report takes it from
+    assert zero.blame(ECHO, str(ECHO)) is None  # on the same machine as the one that spoke
+    assert two.blame(ECHO, str(ECHO)) == "ended, because of rank 1 of 3, a: no such file"
+    assert zero.blame(ValueError("no such file"), "no such file") is None  # all ranks had the same error
+
+
+def test_a_silent_rank_and_a_late_rank_are_named(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    zero, _, _ = launches()
+
+    def beat(steps: dict[int, int]) -> Callable[[float], None]:
+        def sleep(seconds: float) -> None:
+            for r, step in steps.items():
+                said = f'[{time.monotonic_ns()}, {step}, "{"aab"[r]}"]'
+                launch.PrefixStore("watch", zero.store).set(f"beat/{r}", said)  # type: ignore[arg-type]
+
+        return sleep
+
+    beat({0: 7, 1: 7, 2: 7})(0)
+    monkeypatch.setattr(time, "sleep", beat({0: 7, 1: 7}))
+    assert (zero.blame(ECHO, "echo") or "").startswith("rank 2 on b shows no sign of life: killed")
+    zero, one, _ = launches()
+    beat({0: 7, 1: 7, 2: 6})(0)
+    monkeypatch.setattr(time, "sleep", beat({0: 7, 1: 7, 2: 6}))
+    said = one.blame(ECHO, "echo") or ""
+    assert said.startswith("rank 2 on b has done 6 steps, the others 7: it did not come to an exchange in time")
+
+
+def test_torchrun_variables_in_part_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE is set but RANK, LOCAL_RANK, .* not; start several ranks"):
+        launch.launched.__wrapped__()
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert launch.launched.__wrapped__().ranks.world == 1
