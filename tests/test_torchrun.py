@@ -124,7 +124,7 @@ def test_killed_at_four_ranks_and_resumed_at_fewer(alone: Path, killed: Path, tm
     assert code == 0, said
     assert said.count("resumed from") == 1
     print(f"distance at {ranks} ranks: {distance(run, alone):.1e}")
-    assert distance(run, alone) < 1e-9
+    assert distance(run, alone) < 1e-8  # float64; 4e-10 was reached
     records = [r for r in read_records(run / "metrics.jsonl") if r["kind"] == "train"]
     assert [r["step"] for r in records] == list(range(1, TOTAL + 1))
     expected = [r["loss"] for r in read_records(alone / "metrics.jsonl") if r["kind"] == "train"]
