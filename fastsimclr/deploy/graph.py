@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,18 @@ def write_onnx(network: nn.Module, card: Card, path: Path) -> None:
     module = _Whole(_exportable(network), prepared["mean"], prepared["std"]).eval()
     for chatty in ("onnx_ir", "onnxscript"):  # they tell of every pass over the graph
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    program = torch.onnx.export(
-        module,
-        (torch.zeros(2, 3, side, side),),  # torch.export takes a dimension of 1 for a constant
-        input_names=["images"],
-        output_names=["logits" if card.part == "classifier" else "features"],
-        dynamic_shapes={"images": {0: torch.export.Dim("N", min=1)}},
-        opset_version=OPSET,
-        dynamo=True,
-        verbose=False,
-    )
+    with warnings.catch_warnings():  # torch 2.11's exporter of its own pytrees
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        program = torch.onnx.export(
+            module,
+            (torch.zeros(2, 3, side, side),),  # torch.export takes a dimension of 1 for a constant
+            input_names=["images"],
+            output_names=["logits" if card.part == "classifier" else "features"],
+            dynamic_shapes={"images": {0: torch.export.Dim("N", min=1)}},
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
     assert program is not None
     model: Any = program.model_proto
     onnx.helper.set_model_props(model, card.metadata())
