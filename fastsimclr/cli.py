@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -83,42 +84,29 @@ def _parser(chosen: str | None) -> ArgumentParser:
         command = _stage_parser(name, summary) if staged else _Parser(description=summary)
         commands.add_subcommand(name, command, help=summary)
         if name == chosen and not staged:
-            _add_tool(name, command)
+            _tool(name)[0](command)
     return parser
 
 
-def _add_tool(name: str, parser: ArgumentParser) -> None:
-    """The options of a tool, whose modules no other command needs."""
+def _tool(name: str) -> tuple[Callable[[ArgumentParser], None], Callable[[Namespace], int | None]]:
+    """What gives a tool's parser its options, and what runs it: modules that no other command needs."""
     if name == "bench":
-        from fastsimclr.bench.command import add_benches
+        from fastsimclr.bench.command import add_benches, run_bench
 
-        add_benches(parser, _Parser)
-    elif name == "import-tf":
-        from fastsimclr.stages.imported import add_import_arguments
+        return lambda parser: add_benches(parser, _Parser), run_bench
+    if name == "import-tf":
+        from fastsimclr.stages.imported import add_import_arguments, run_import
 
-        add_import_arguments(parser)
-    else:
-        from fastsimclr.deploy.command import add_deploy
+        return add_import_arguments, run_import
+    from fastsimclr.deploy.command import add_deploy, run_deploy
 
-        add_deploy(name, parser)
+    return partial(add_deploy, name), partial(run_deploy, name)
 
 
 def _run_tool(name: str, options: Namespace) -> int:
     if launched().ranks.world > 1:
         raise ValueError(f"fastsimclr {name} runs in one process; start it without torchrun")
-    if name == "bench":
-        from fastsimclr.bench.command import run_bench
-
-        run_bench(options)
-        return 0
-    if name == "import-tf":
-        from fastsimclr.stages.imported import run_import
-
-        run_import(options)
-        return 0
-    from fastsimclr.deploy.command import run_deploy
-
-    return run_deploy(name, options)
+    return _tool(name)[1](options) or 0
 
 
 def _stage_parser(name: str, summary: str) -> ArgumentParser:

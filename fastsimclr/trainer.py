@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fastsimclr import checkpoint
 from fastsimclr.feed import Feed, Shipment
@@ -21,9 +17,10 @@ from fastsimclr.generators import rng_state, set_rng_state
 from fastsimclr.launch import step_done
 from fastsimclr.loaders import Batch, Policy
 from fastsimclr.meter import Meter, shown
-from fastsimclr.models import average_running_statistics, batch_groups, load_weights, set_groups
+from fastsimclr.models import average_running_statistics, load_weights
 from fastsimclr.objectives import Objective
 from fastsimclr.optim import Schedule, set_lr
+from fastsimclr.parallel import Parallel, parallel
 from fastsimclr.ranks import Agreement, Ranks
 from fastsimclr.runlog import RunLog, logger
 from fastsimclr.runtime import Runtime
@@ -150,33 +147,10 @@ class Trainer:
                 raise Stopped(signum, f"{job.stage}: stopped at step {self.step} of {total}, state saved in {path}")
         return self.last
 
-    def _parallel(self) -> _Parallel:
-        """The objective with its BN groups, and gradients averaged over the ranks."""
-        job, ranks = self.job, self.ranks
-        job.objective.group = ranks.group
-        alone = ranks.world == 1 and self.bn_groups == 1
-        groups = batch_groups(
-            self.bn_groups,
-            views=job.objective.views,
-            rank=ranks.rank,
-            world=ranks.world,
-            group=ranks.group,
-            timeout=timedelta(seconds=self.config.timeout_s),
+    def _parallel(self) -> Parallel:
+        return parallel(
+            self.job.objective, groups=self.bn_groups, runtime=self.runtime, timeout_s=self.config.timeout_s
         )
-        set_groups(job.objective, None if alone else groups)
-        step = _Step(job.objective)
-        if ranks.world == 1:
-            return step
-        with warnings.catch_warnings():  # torch 2.15 renamed the option, earlier versions do not know the new name
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            return DistributedDataParallel(
-                step,
-                device_ids=[self.runtime.device] if self.runtime.device.type == "cuda" else None,
-                process_group=ranks.group,
-                broadcast_buffers=False,  # BN's statistics are averaged before anybody reads them
-                gradient_as_bucket_view=True,
-                static_graph=True,
-            )
 
     def _run_hooks(self, log: RunLog) -> None:
         for hook in self.job.hooks:
@@ -191,7 +165,7 @@ class Trainer:
         """One set of BN statistics on all ranks, before anybody reads them."""
         average_running_statistics(self.job.objective, self.ranks.group)
 
-    def _train_step(self, network: _Parallel, shipment: Shipment, rate: float, meter: Meter) -> None:
+    def _train_step(self, network: Parallel, shipment: Shipment, rate: float, meter: Meter) -> None:
         job = self.job
         set_lr(job.optimizer, rate)
         with self.runtime.autocast():
@@ -302,21 +276,6 @@ class Trainer:
         logger.info("%s: resumed from %s at step %d", job.stage, path, self.step)
         if changes := checkpoint.differences(state["recipe"], job.recipe):
             logger.warning("%s: the recipe has changed since, in %s", job.stage, "; ".join(changes))
-
-
-_Parallel = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
-
-
-class _Step(nn.Module):
-    """The objective as DistributedDataParallel needs it: tensors out, in containers that torch knows."""
-
-    def __init__(self, objective: Objective) -> None:
-        super().__init__()
-        self.objective = objective
-
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        outcome = self.objective(images, labels)
-        return outcome.loss, outcome.metrics
 
 
 def bn_groups(config: TrainerConfig, ranks: Ranks) -> int:

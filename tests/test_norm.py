@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsimclr.models import BatchGroups, BatchNorm, average_running_statistics, batch_groups, set_groups
 from fastsimclr.models import norm as norm_module
 from fastsimclr.ranks import Ranks
+from tests.exchanges import Exchanges
 
 Pool = Callable[..., list[Any]]
 CHANNELS, STEPS = 5, 2
@@ -129,19 +129,6 @@ def test_small_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     case = (12, 2, SHAPES["maps"], 2, True)
     monkeypatch.setattr(norm_module, "PIECE_ELEMENTS", 1)
     assert worst_error([ours(Ranks(), *case)], oracle(*case)) <= 1e-12
-
-
-class Exchanges(TorchDispatchMode):
-    """Names of the collectives while it is entered."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def collectives(ranks: Ranks, groups: int) -> tuple[list[str], list[str]]:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,20 +13,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from fastsimclr.models import (
     BatchNorm,
     ModelConfig,
     average_running_statistics,
-    batch_groups,
     build_classifier,
     build_simclr,
-    set_groups,
 )
 from fastsimclr.objectives import Contrastive, CrossEntropy, Distillation, LinearSweep, Objective
 from fastsimclr.optim import HeadSetting
+from fastsimclr.parallel import parallel
 from fastsimclr.ranks import Ranks
+from fastsimclr.runtime import Runtime
 
 Pool = Callable[..., list[Any]]
 STEPS, CLASSES, SIZE, TEMPERATURE = 2, 5, 8, 0.3
@@ -58,18 +56,6 @@ class Record:
     metrics: dict[str, float]
     gradients: list[dict[str, Tensor]]
     buffers: dict[str, Tensor]
-
-
-class Step(nn.Module):
-    """What DDP wraps: it must return tensors."""
-
-    def __init__(self, objective: Objective) -> None:
-        super().__init__()
-        self.objective = objective
-
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        outcome = self.objective(images, labels)
-        return outcome.loss, outcome.metrics
 
 
 def classifier() -> Any:
@@ -107,16 +93,8 @@ def labels_for(objective: Objective, labels: Tensor) -> Tensor:
 def train(ranks: Ranks, name: str, images: int, groups: int) -> Record:
     """Two steps of SGD as the trainer makes them; gradients after DDP's average."""
     objective = build(name)
-    objective.group = ranks.group
-    set_groups(
-        objective, batch_groups(groups, views=objective.views, rank=ranks.rank, world=ranks.world, group=ranks.group)
-    )
-    step: nn.Module = Step(objective)
-    if ranks.world > 1:
-        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "static_graph": True}
-        with warnings.catch_warnings():  # torch 2.15 renamed the option, earlier versions do not know the new name
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            step = DistributedDataParallel(step, process_group=ranks.group, **options)
+    runtime = Runtime(device=torch.device("cpu"), precision="fp64", ranks=ranks)
+    step = parallel(objective, groups=groups, runtime=runtime, timeout_s=60)
     n = images // ranks.world
     own = slice(ranks.rank * n, (ranks.rank + 1) * n)
 
@@ -246,7 +224,9 @@ def test_one_process_is_plain_torch(name: str, groups: int) -> None:
 @pytest.mark.parametrize(("world", "groups"), [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
 def test_ranks_are_one_process(ranks_pool: Pool, name: str, world: int, groups: int) -> None:
     expected = oracle(name, IMAGES, groups)
-    assert max(error(record, expected) for record in ranks_pool(world, train, name, IMAGES, groups)) <= limit(name)
+    worst = max(error(record, expected) for record in ranks_pool(world, train, name, IMAGES, groups))
+    print(f"{name}: {world} ranks, {groups} groups: {worst:.1e}")  # docs/distributed.md has the largest
+    assert worst <= limit(name)
 
 
 @pytest.mark.parametrize("name", ["contrastive, paper", "distillation, labels"])

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def embed(config: EmbedConfig) -> dict[str, object]:
             sink = Npy(parts[0], parts[1], columns, config.dtype)
         else:
             sink = Parquet(parts[0], columns, config.dtype)
-        with sink:
+        with closing(sink):
             for ids, rows_NC in run.outputs(network):
                 sink.write(run.paths(ids), run.labels(ids), _numbers(rows_NC, config.dtype).numpy())
     run.end(config.out)

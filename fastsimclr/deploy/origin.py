@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import fastsimclr
-from fastsimclr import checkpoint
 from fastsimclr.deploy.card import Card, Part, preprocessing
 from fastsimclr.loaders import Policy
 from fastsimclr.models import ClassifierNet, ModelConfig, ResNet, SimCLRNet
 from fastsimclr.recipe import parse_recipe
 from fastsimclr.runtime import Runtime
 from fastsimclr.stages import Setting, recipe_path
-from fastsimclr.stages.networks import load_classifier, load_simclr
+from fastsimclr.stages.networks import load_trained
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -73,11 +72,7 @@ def open_run(run: Path, device: str, precision: Precision | None) -> Origin:
     """
     recipe = parse_recipe(recipe_path(run).read_text())
     result = (run.parent.parent if run.is_file() else run) / "result.json"
-    path = checkpoint.newest(run)
-    state = checkpoint.load(path)
-    stage, facts = state["stage"], state["facts"]
-    del state
-    network = load_classifier(path)[0] if facts["classes"] else load_simclr(path)[0]
+    network, stage, facts = load_trained(run)
     trainer = replace(recipe.trainer, precision=precision or recipe.trainer.precision)
     setting = Setting(replace(recipe, device=device, trainer=trainer))
     return Origin(

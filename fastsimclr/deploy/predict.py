@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def predict(config: PredictConfig) -> dict[str, object]:
         numbers = ["", *(f"_{rank}" for rank in range(2, config.top + 1))]
         header = ["path", *(f"{what}{number}" for number in numbers for what in ("class", "probability"))]
         labelled, right = 0, 0
-        with Csv(part, header) as table:
+        with closing(Csv(part, header)) as table:
             for ids, logits in run.outputs(classifier):
                 found = logits.softmax(1).topk(config.top, dim=1)
                 named = [[classes[k] for k in row] for row in found.indices.tolist()]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,9 +31,6 @@ class Sink(Protocol):
         """Make the file valid for the rows written."""
         ...
 
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *exc_info: object) -> None: ...
-
 
 class Csv:
     """A CSV file in UTF-8; a file name that is not UTF-8 keeps its bytes."""
@@ -49,12 +46,6 @@ class Csv:
 
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
 
 class Npy:
@@ -86,12 +77,6 @@ class Npy:
         self._file.close()
         self._table.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
 
 class Parquet:
     """A Parquet file of path, label, embedding (list of C numbers), one row group a batch. Implements `Sink`."""
@@ -119,9 +104,3 @@ class Parquet:
     def close(self) -> None:
         """Write the footer."""
         self._writer.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()

@@ -48,6 +48,10 @@ def digest(network: nn.Module) -> str:
 def load_simclr(run: Path) -> tuple[SimCLRNet, dict[str, Any]]:
     """Encoder and head of a pretraining run, and its `network_facts`. CheckpointError for a run of another stage."""
     path, state = _load(run)
+    return _simclr(path, state), _network_facts_of(state)
+
+
+def _simclr(path: Path, state: dict[str, Any]) -> SimCLRNet:
     if state["stage"] != "pretrain":
         raise checkpoint.CheckpointError(
             f"{path} is of stage {state['stage']}, which has no projection head; give the folder of a pretrain run"
@@ -55,7 +59,7 @@ def load_simclr(run: Path) -> tuple[SimCLRNet, dict[str, Any]]:
     facts = state["facts"]
     network = build_simclr(ModelConfig(**facts["model"]), facts["size"])
     load_weights(network, _below(state["objective"], "network."), str(path))
-    return network, _network_facts_of(state)
+    return network
 
 
 def load_encoder(run: Path) -> tuple[ResNet, dict[str, Any]]:
@@ -70,6 +74,10 @@ def load_encoder(run: Path) -> tuple[ResNet, dict[str, Any]]:
 def load_classifier(run: Path) -> tuple[ClassifierNet, tuple[str, ...]]:
     """The classifier of a linear (sgd), finetune, supervised or distill run, and its class names."""
     path, state = _load(run)
+    return _classifier(path, state), tuple(state["facts"]["classes"])
+
+
+def _classifier(path: Path, state: dict[str, Any]) -> ClassifierNet:
     facts = state["facts"]
     if not facts["classes"]:
         raise checkpoint.CheckpointError(
@@ -79,7 +87,14 @@ def load_classifier(run: Path) -> tuple[ClassifierNet, tuple[str, ...]]:
     model = ModelConfig(**facts["model"])
     network = build_classifier(model, facts["size"], len(facts["classes"]), facts["head_layer"])
     load_weights(network, _below(state["objective"], _TRAINED[state["stage"]]), str(path))
-    return network, tuple(facts["classes"])
+    return network
+
+
+def load_trained(run: Path) -> tuple[SimCLRNet | ClassifierNet, str, dict[str, Any]]:
+    """What a run of any training stage trained: the classifier where it has one, its stage, and its facts."""
+    path, state = _load(run)
+    build = _classifier if state["facts"]["classes"] else _simclr
+    return build(path, state), state["stage"], state["facts"]
 
 
 def _load(run: Path) -> tuple[Path, dict[str, Any]]:

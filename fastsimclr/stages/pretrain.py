@@ -73,7 +73,7 @@ def probe(setting: Setting, encoder: Callable[[torch.Tensor], torch.Tensor]) -> 
     bank = extract(encoder, setting.passes(labelled), policy, runtime)
     test = extract(encoder, setting.passes(setting.splits.val), policy, runtime)
     classes = len(labelled.classes)
-    near = knn(bank, test, classes, ks=recipe.knn.ks[:1], temperatures=recipe.knn.temperatures[:1], ranks=runtime.ranks)
+    k, temperature = recipe.knn.ks[:1], recipe.knn.temperatures[:1]
+    (near,) = knn(bank, test, classes, ks=k, temperatures=temperature, ranks=runtime.ranks).values()
     linear = logistic_regression(bank, classes, l2=recipe.linear.l2, ranks=runtime.ranks)
-    top1 = [found.top1 for found in near.values()]
-    return {"knn_top1": top1[0], "linear_top1": linear.score(test, runtime.ranks).top1}
+    return {"knn_top1": near.top1, "linear_top1": linear.score(test, runtime.ranks).top1}

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsimclr.kernels.gather import all_gather_rows, gather
 from fastsimclr.kernels.nt_xent import nt_xent
 from fastsimclr.ranks import Ranks
+from tests.exchanges import Exchanges
 
 Pool = Callable[..., list[Any]]
 Scaling = Literal["paper", "google"]
@@ -125,19 +125,6 @@ def test_gather_in_the_order_of_the_ranks_with_the_gradient_of_all(ranks_pool: P
         assert rows[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
         assert numbers.tolist() == [[0], [1], [2]]
         assert gradient[:, 0].tolist() == [6.0 * (2 * rank), 6.0 * (2 * rank + 1)]
-
-
-class Exchanges(TorchDispatchMode):
-    """Names of the collectives while it is entered."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def collectives(ranks: Ranks) -> tuple[list[str], list[str]]:
