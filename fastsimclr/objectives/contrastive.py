@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from fastsimclr.kernels.backend import chosen
 from fastsimclr.kernels.nt_xent import nt_xent
 from fastsimclr.models import SimCLRNet
 from fastsimclr.objectives.base import Objective, Outcome
@@ -18,13 +20,16 @@ class Contrastive(Objective):
     """
 
     views = 2
-    loss_name = "nt_xent.reference"
 
     def __init__(self, network: SimCLRNet, *, temperature: float, scaling: Literal["paper", "google"]) -> None:
         super().__init__()
         self.network = network
         self.temperature = temperature
         self.scaling: Literal["paper", "google"] = scaling
+
+    def loss_name(self, device: torch.device) -> str:
+        """The NT-Xent that the device gets."""
+        return chosen("nt_xent", device)
 
     def forward(self, images: Tensor, labels: Tensor) -> Outcome:
         _, projections = self.network(images)

@@ -22,7 +22,6 @@ class CrossEntropy(Objective):
     """
 
     views = 1
-    loss_name = "cross_entropy.torch"
 
     def __init__(self, network: ClassifierNet, *, frozen_body: bool = False, frozen_bn: bool = False) -> None:
         super().__init__()
@@ -41,6 +40,10 @@ class CrossEntropy(Objective):
                 if isinstance(module, BatchNorm):
                     module.eval()
         return self
+
+    def loss_name(self, device: torch.device) -> str:
+        """In torch operations on any device."""
+        return "cross_entropy.torch"
 
     def forward(self, images: Tensor, labels: Tensor) -> Outcome:
         if self.frozen_body:

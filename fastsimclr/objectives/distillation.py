@@ -24,7 +24,6 @@ class Distillation(Objective):
     """
 
     views = 1
-    loss_name = "distillation.torch"
 
     def __init__(
         self, student: ClassifierNet, teacher: ClassifierNet, *, temperature: float, label_weight: float = 0.0
@@ -39,6 +38,10 @@ class Distillation(Objective):
         super().train(mode)
         self.teacher.eval()
         return self
+
+    def loss_name(self, device: torch.device) -> str:
+        """In torch operations on any device."""
+        return "distillation.torch"
 
     def forward(self, images: Tensor, labels: Tensor) -> Outcome:
         with torch.no_grad():

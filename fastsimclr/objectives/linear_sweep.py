@@ -23,7 +23,6 @@ class LinearSweep(Objective):
     """
 
     views = 1
-    loss_name = "cross_entropy.torch"
 
     def __init__(self, network: ClassifierNet, settings: Sequence[HeadSetting]) -> None:
         super().__init__()
@@ -36,6 +35,10 @@ class LinearSweep(Objective):
         super().train(mode)
         self.network.eval()
         return self
+
+    def loss_name(self, device: torch.device) -> str:
+        """In torch operations on any device."""
+        return "cross_entropy.torch"
 
     def forward(self, images: Tensor, labels: Tensor) -> Outcome:
         """loss: the sum over the classifiers. top1: their mean."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastsimclr import checkpoint
 from fastsimclr.evaluate import Score, extract, score
+from fastsimclr.kernels.backend import chosen
 from fastsimclr.loaders import DataError, Policy, Source
 from fastsimclr.models import ClassifierNet, count_parameters
 from fastsimclr.objectives import Objective
@@ -111,9 +112,11 @@ def train(
         trained_s=trainer.trained_s,
         implementations={
             "loader": setting.loader_name(source),
-            "views": "reference",
-            "loss": objective.loss_name,
-            "optimizer": f"{optim.name}.{'foreach' if optim.name == 'lars' else 'torch'}",
+            "views": chosen("views", setting.runtime.device),
+            "loss": objective.loss_name(setting.runtime.device),
+            "optimizer": f"lars.{choose('lars', 'auto', setting.runtime.device)}"
+            if optim.name == "lars"
+            else f"{optim.name}.torch",
             "bn": bn_name(trainer.bn_groups, world),
         },
     )
@@ -173,7 +176,8 @@ def write_evaluation(
         checkpoint.write_text(run / "recipe.yaml", dump_recipe(setting.recipe))
 
     setting.ranks.on_first(claim)
-    implementations = {"loader": setting.loader_name(setting.splits.val), "views": "reference"}
+    views = chosen("views", setting.runtime.device)
+    implementations = {"loader": setting.loader_name(setting.splits.val), "views": views}
     result = {"metrics": metrics, "seconds": round(seconds, 2), "implementations": implementations, **facts}
     return _write(setting, run, stage, result, network)
 
