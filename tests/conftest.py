@@ -25,6 +25,10 @@ VARIABLE = "FASTSIMCLR_TEST_DATA"
 FILES = ("cifar10-jpeg.tar.xz", "google-simclr-oracle.npz", "imagenet-samples.tar", "tf-checkpoints.tar.xz")
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
+# Where there is no GPU the fused kernels run in Triton's interpreter, which must be chosen before triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # No deadline: no timing is asserted in a test. Derandomised: a red run can be repeated.
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("house")

@@ -1,0 +1,76 @@
+"""Every fused kernel, compiled with no GPU: nothing spills, and the loss runs on tensor cores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastsimclr.kernels import ahead
+
+ROOT = Path(__file__).resolve().parents[2]
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+
+@pytest.fixture(scope="module", params=ahead.FUSED)
+def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What each kernel of a package needs on each architecture; a process of its own, as this one interprets kernels."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fastsimclr.kernels.ahead", "--json", request.param]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_nothing_spills_and_everything_fits(compiled: list[dict[str, Any]]) -> None:
+    assert {row["architecture"] for row in compiled} == set(ahead.ARCHITECTURES)
+    shared = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have: CUDA C guide, table of limits
+    for row in compiled:
+        assert row["spills"] == row["stack"] == 0, row
+        assert row["shared"] <= shared[row["architecture"]], row
+        assert row["registers"] * 32 * row["warps"] <= 65536, row
+
+
+def test_the_products_of_the_loss_run_on_tensor_cores(compiled: list[dict[str, Any]]) -> None:
+    products = [row for row in compiled if row["tensor_cores"]]
+    for row in products:
+        assert TENSOR_CORES[row["architecture"]] in row["tensor_cores"], row
+    if compiled[0]["name"].startswith("nt_xent"):
+        kinds = {row["name"].split()[0] for row in products}
+        assert {"nt_xent.forward", "nt_xent.backward"} <= kinds
+
+
+GREEDY = """
+import triton, triton.language as tl
+from fastsimclr.kernels.ahead import Variant
+
+@triton.jit
+def greedy(X, Y, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(X + i[:, None] * N + i[None, :])
+    tl.store(Y + i[:, None] * N + i[None, :], tl.dot(x, x))
+
+def variants():
+    signature, constants = {"X": "*fp16", "Y": "*fp32"}, {"N": 128}
+    return [Variant(name="greedy", kernel=greedy, signature=signature, constants=constants, warps=1)]
+"""
+
+
+def test_a_spill_is_seen(tmp_path: Path) -> None:
+    """128 x 128 sums in the 32 threads of a warp need 512 registers each; a thread has 255."""
+    (tmp_path / "greedy.py").write_text(GREEDY)
+    code = (
+        "import greedy; from fastsimclr.kernels.ahead import compile_for; print(compile_for(greedy.variants()[0], 90))"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    paths = os.pathsep.join((str(ROOT), str(tmp_path)))
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment | {"PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert "spills=" in done.stdout, done.stderr
+    assert "spills=0" not in done.stdout and "stack=0" not in done.stdout, done.stdout
