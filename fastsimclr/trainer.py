@@ -33,7 +33,8 @@ class TrainerConfig:
 
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"
     """Autocast precision; weights stay float32. auto: bf16 on CUDA and on CPUs with AMX, else fp32. fp16 adds a loss
-    scaler, which waits for the device once a step. fp64 trains double weights: slow, to compare two runs exactly."""
+    scaler: a step whose gradients overflow changes nothing. With sgd it waits for the device once a step. fp64 trains
+    double weights: slow, to compare two runs exactly."""
     channels_last: bool = True
     """Keep activations and convolution weights channels-last."""
     log_every_steps: int = 20

@@ -1,6 +1,7 @@
-"""Compiles every Triton kernel for GPUs that are not there, and says what each needs: python -m fastsimclr.kernels.ahead.
+"""Compiles every Triton kernel for GPUs that are not there, and says what each needs.
 
-Registers, spills and tensor-core instructions are read from the machine code with Triton's own cuobjdump.
+Run by `python -m fastsimclr.kernels.ahead`. Registers, spills and tensor-core instructions are read from the machine
+code with Triton's own cuobjdump.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a compiled kernel uses. registers: of a thread. stack, spills: bytes, instructions. shared: bytes a block."""
+    """What a compiled kernel uses. registers: a thread. stack: bytes. spills: instructions. shared: bytes a block."""
 
     name: str
     architecture: int
@@ -115,12 +116,20 @@ def variants(packages: Sequence[str] = FUSED) -> list[Variant]:
 
 
 def table(rows: Sequence[Resources]) -> str:
-    """The rows as Markdown, in the order given."""
-    head = "| kernel | sm | warps | registers | stack B | spills | shared B | tensor cores |"
-    lines = [head, "|" + " --- |" * 8]
-    for r in rows:
-        cells = (r.name, r.architecture, r.warps, r.registers, r.stack, r.spills, r.shared, r.tensor_cores or "-")
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    """A line of Markdown a kernel, with what it needs on each of its architectures."""
+    head = "| kernel | sm | warps | registers | shared memory, bytes | stack + spills | tensor cores |"
+    lines = [head, "|" + " --- |" * 7]
+    for name in dict.fromkeys(row.name for row in rows):
+        own = [row for row in rows if row.name == name]
+        columns: list[list[object]] = [
+            [row.architecture for row in own],
+            list(dict.fromkeys(row.warps for row in own)),
+            [row.registers for row in own],
+            list(dict.fromkeys(row.shared for row in own)),
+            list(dict.fromkeys(row.stack + row.spills for row in own)),
+            list(dict.fromkeys(row.tensor_cores or "-" for row in own)),
+        ]
+        lines.append(f"| {name} | " + " | ".join(" / ".join(map(str, cells)) for cells in columns) + " |")
     return "\n".join(lines)
 
 

@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from itertools import permutations
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ Triple = tuple[float, float, float]
 
 _IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # The fourth word of the counter: which numbers of a view. Crop tries come last, one block each.
-_FLAGS, _FACTORS, _REST, _TRIES = 0, 1, 2, 16
+_FLAGS, _FACTORS, _REST, _QUARTER, _SOBEL, _NOISE, _CUTOUT, _TRIES = 0, 1, 2, 3, 4, 5, 6, 16
 _ORDERS = np.array(list(permutations(range(4))), dtype=np.int32)
 
 
@@ -54,6 +55,8 @@ class Policy:
     """Side of a centre crop, as a part of the image's shorter side."""
     rotate: float = 0.0
     """Largest rotation in degrees, drawn uniformly to both sides; the corners it uncovers are black. 0: none."""
+    rotate90: float = 0.0
+    """Probability of a turn by 90, 180 or 270 degrees, each as likely."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     jitter: float = 0.8
@@ -68,16 +71,26 @@ class Policy:
     """Probability of a Gaussian blur, its kernel a tenth of the side; views below 20 pixels are not blurred."""
     sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the blur's standard deviation in pixels of the view."""
+    sobel: float = 0.0
+    """Probability of replacing each channel by the strength of its edges, by Sobel's filter."""
+    noise: float = 0.0
+    """Probability of adding Gaussian noise, drawn for each value of the view on its own."""
+    noise_sigma: tuple[float, float] = (0.02, 0.1)
+    """Range of the noise's standard deviation, of values in [0, 1]. Our choice: SimCLR's paper states none."""
     solarise: float = 0.0
     """Probability of inverting the pixels at or above one half. 0 in SimCLR, .2 for one view in BYOL."""
+    cutout: float = 0.0
+    """Probability of cutout (arXiv 1708.04552): a square about a random pixel becomes 0 after normalisation."""
+    cutout_side: float = 0.5
+    """Side of cutout's square as a part of the view's side; it may reach over the border. CIFAR-10: .5."""
     normalise: Literal["auto", "none", "imagenet"] | tuple[Triple, Triple] = "auto"
     """(mean, std) of the channels in [0, 1]. auto: ImageNet's under torchvision semantics, none under tensorflow."""
 
     def __post_init__(self) -> None:
-        for key in ("flip", "jitter", "grey", "blur", "solarise"):
+        for key in ("rotate90", "flip", "jitter", "grey", "blur", "sobel", "noise", "solarise", "cutout"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"views.{key}={getattr(self, key)} is not a probability; give a number from 0 to 1")
-        for key in ("scale", "ratio", "sigma"):
+        for key in ("scale", "ratio", "sigma", "noise_sigma"):
             low, high = getattr(self, key)
             if not 0 < low <= high:
                 raise ValueError(f"views.{key}={(low, high)} is not a range; give (low, high) with 0 < low <= high")
@@ -85,8 +98,9 @@ class Policy:
             raise ValueError(f"views.scale={self.scale} asks for more than the image; its end can be 1 at most")
         if self.size < 1:
             raise ValueError(f"views.size={self.size} leaves no pixels; give the side of a view, at least 1")
-        if not 0 < self.centre_fraction <= 1:
-            raise ValueError(f"views.centre_fraction={self.centre_fraction} is not within (0, 1]; .875 is usual")
+        for key, usual in (("centre_fraction", ".875"), ("cutout_side", ".5")):
+            if not 0 < getattr(self, key) <= 1:
+                raise ValueError(f"views.{key}={getattr(self, key)} is not within (0, 1]; {usual} is usual")
         if not 0 <= self.strength <= 2.5:
             raise ValueError(f"views.strength={self.strength} shifts the hue by more than half a turn; give 0 to 2.5")
         if self.brightness == "add" and self.semantics == "torchvision":
@@ -113,7 +127,8 @@ class Policy:
     def ops(self) -> frozenset[str]:
         """The ops that some view may need; the others are not computed at all."""
         chances = {"flip": self.flip, "jitter": self.jitter * self.strength, "grey": self.grey, "blur": self.blur}
-        chances |= {"solarise": self.solarise, "rotate": self.rotate}
+        chances |= {"solarise": self.solarise, "rotate": self.rotate, "quarter": self.rotate90}
+        chances |= {"sobel": self.sobel, "noise": self.noise, "cutout": self.cutout}
         return frozenset(op for op, chance in chances.items() if chance)
 
 
@@ -138,24 +153,34 @@ class ViewParams:
 
     source: int32 [M], which of the batch's N images.       crop: int32 [M, 4], top, left, height, width in pixels.
     angle: float32 [M], rotation about the crop's centre, counter-clockwise, 0 for none.
-    flip, jitter, grey, solarise: bool [M], whether the op is applied.
+    quarter: int32 [M], 0 to 3 counter-clockwise turns by 90 degrees.
+    flip, jitter, grey, sobel, solarise: bool [M], whether the op is applied.
     factors: float32 [M, 4], brightness, contrast, saturation, hue (in turns).
     order: int32 [M, 4], a permutation of 0..3: which of the four factors comes first, second, third, fourth.
     sigma: float32 [M], of the Gaussian blur in output pixels, 0 for no blur.
+    noise: float32 [M], standard deviation of the Gaussian noise, 0 for none.
+    noise_key: int32 [M], 32 random bits that choose the noise.
+    cutout: int32 [M, 4], top, left, height, width in output pixels, all 0 for none.
     extent: int32 [M, 2], crop height and width once more, always on the CPU: shapes without a sync.
-    ops: the ops that the policy may apply, of flip, jitter, grey, blur, solarise, rotate.
+    ops: the ops that the policy may apply, of rotate, quarter, flip, jitter, grey, blur, sobel, noise, solarise,
+        cutout.
     """
 
     source: Tensor
     crop: Tensor
     angle: Tensor
+    quarter: Tensor
     flip: Tensor
     jitter: Tensor
     factors: Tensor
     order: Tensor
     grey: Tensor
     sigma: Tensor
+    sobel: Tensor
+    noise: Tensor
+    noise_key: Tensor
     solarise: Tensor
+    cutout: Tensor
     extent: Tensor
     ops: frozenset[str]
 
@@ -166,28 +191,19 @@ class ViewParams:
         """The same rows on `device`, in one copy; from pinned memory and without a sync where `non_blocking`."""
         if device == self.source.device:
             return self
-        words = (self.source, self.crop, self.order, self.angle, self.factors, self.sigma)
-        flags = torch.stack((self.flip, self.jitter, self.grey, self.solarise)).flatten()
-        packed = torch.cat([column.flatten().view(torch.uint8) for column in (*words, flags)])
+        columns: dict[str, Tensor] = {f.name: getattr(self, f.name) for f in fields(self)[:-2]}  # not extent, ops
+        # Words before flags, so that each column of words begins on a multiple of four bytes.
+        names = sorted(columns, key=lambda name: columns[name].dtype == torch.bool)
+        packed = torch.cat([columns[name].flatten().view(torch.uint8) for name in names])
         if non_blocking and device.type == "cuda":
             packed = packed.pin_memory()
-        packed, m = packed.to(device, non_blocking=non_blocking), len(self)
-        lengths = [4 * m * k for k in (1, 4, 4, 1, 4, 1, 1)]
-        source, crop, order, angle, factors, sigma, flags = torch.split_with_sizes(packed, lengths)
-        flip, jitter, grey, solarise = flags.view(torch.bool).view(4, m)
-        return replace(
-            self,
-            source=source.view(torch.int32),
-            crop=crop.view(torch.int32).view(m, 4),
-            order=order.view(torch.int32).view(m, 4),
-            angle=angle.view(torch.float32),
-            factors=factors.view(torch.float32).view(m, 4),
-            sigma=sigma.view(torch.float32),
-            flip=flip,
-            jitter=jitter,
-            grey=grey,
-            solarise=solarise,
-        )
+        packed = packed.to(device, non_blocking=non_blocking)
+        pieces = torch.split_with_sizes(packed, [columns[name].nbytes for name in names])
+        moved: dict[str, Any] = {
+            name: piece.view(columns[name].dtype).view(columns[name].shape)
+            for name, piece in zip(names, pieces, strict=True)
+        }
+        return replace(self, **moved)
 
 
 def draw(
@@ -253,6 +269,7 @@ def draw(
         solarise=torch.from_numpy(chance[:, 3] < policy.solarise),
         extent=torch.from_numpy(box[:, 2:]),
         ops=policy.ops,
+        **_extras(policy, views * n, lambda block: numbers(slice(None), block, 1)[:, 0]),
     )
 
 
@@ -265,3 +282,28 @@ def _factors(policy: Policy, spread: npt.NDArray[np.float64]) -> npt.NDArray[np.
         factors[:, 0] = reach * spread[:, 0]
     factors[:, 3] = 0.2 * policy.strength * spread[:, 3]
     return factors.astype(np.float32)
+
+
+def _extras(policy: Policy, m: int, numbers: Callable[[int], npt.NDArray[np.float64]]) -> dict[str, Any]:
+    """The columns of the ops beyond SimCLR's own. numbers: block -> [M, 4], asked only for ops with a chance."""
+    quarter, key, cutout = np.zeros(m, np.int32), np.zeros(m, np.int32), np.zeros((m, 4), np.int32)
+    sobel, noise = np.zeros(m, np.bool_), np.zeros(m, np.float32)
+    if policy.rotate90:
+        u = numbers(_QUARTER)
+        quarter = np.where(u[:, 0] < policy.rotate90, 1 + 3 * u[:, 1], 0).astype(np.int32)
+    if policy.sobel:
+        sobel = numbers(_SOBEL)[:, 0] < policy.sobel
+    if policy.noise:
+        u, (low, high) = numbers(_NOISE), policy.noise_sigma
+        chosen = u[:, 0] < policy.noise
+        noise = np.where(chosen, low + (high - low) * u[:, 1], 0).astype(np.float32)
+        # A uniform number is a random word and a half: these are the word's bits again.
+        key = np.where(chosen, u[:, 2] * 2.0**32, 0).astype(np.uint32).view(np.int32)
+    if policy.cutout:
+        u, side = numbers(_CUTOUT), max(1, round(policy.cutout_side * policy.size))
+        first = (u[:, 1:3] * policy.size).astype(np.int64) - side // 2
+        start, end = np.clip(first, 0, policy.size), np.clip(first + side, 0, policy.size)
+        boxes = np.concatenate([start, end - start], axis=1)
+        cutout = np.where(u[:, :1] < policy.cutout, boxes, 0).astype(np.int32)
+    columns = {"quarter": quarter, "sobel": sobel, "noise": noise, "noise_key": key, "cutout": cutout}
+    return {name: torch.from_numpy(column) for name, column in columns.items()}

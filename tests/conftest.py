@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -14,6 +15,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import pytest
 import torch
 
 VARIABLE = "FASTSIMCLR_TEST_DATA"
+REQUIRE = "FASTSIMCLR_REQUIRE_LOADERS"
 FILES = ("cifar10-jpeg.tar.xz", "google-simclr-oracle.npz", "imagenet-samples.tar", "tf-checkpoints.tar.xz")
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
@@ -54,12 +57,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         reasons[f"{VARIABLE} is not set: tests on the shared real data"] = lambda item: (
             "data_dir" in getattr(item, "fixturenames", ())
         )
+    if os.environ.get(REQUIRE) != "1":
+        for package in ("nvidia.dali", "ffcv"):
+            if not _installed(package):
+                reasons[f"no {package} here: tests that need it ({REQUIRE}=1 has them fail)"] = partial(_needs, package)
     for reason, applies in reasons.items():
         left_out = [item for item in items if applies(item)]
         if left_out:
             config.stash[LEFT_OUT][reason] = len(left_out)
             config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if item not in left_out]
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
+
+
+def _needs(package: str, item: pytest.Item) -> bool:
+    marked = [mark.args[0] for mark in item.iter_markers("needs")]
+    return package in marked or package in getattr(item, "fixturenames", ())
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

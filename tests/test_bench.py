@@ -243,6 +243,7 @@ def test_gpu_check_and_benches_need_no_command_line_library() -> None:
         "import sys\n"
         "sys.modules.update(dict.fromkeys(('jsonargparse', 'lightly')))\n"
         "import fastsimclr.bench.gpu_check, fastsimclr.bench.e2e, fastsimclr.bench.step, fastsimclr.bench.loader\n"
+        "import fastsimclr.bench.loss, fastsimclr.bench.views, fastsimclr.bench.lars\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=gpu_check.ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

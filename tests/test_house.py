@@ -16,9 +16,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("fastsimclr", "loaders", "kernels")
 SIDE = {"loaders", "kernels", "configs"}
+# Loaders open more sources and have more backends where these are installed: imported when asked for, not before.
+OPTIONAL = {"aiohttp", "datasets", "ffcv", "fsspec", "nvidia"}
 LIBRARIES = {
     "fastsimclr.kernels": {"torch", "triton"},
-    "fastsimclr.loaders": {"torch", "torchvision", "numpy", "simplejpeg", "PIL", "sklearn"},
+    "fastsimclr.loaders": {"torch", "torchvision", "numpy", "cv2", "simplejpeg", "PIL", "sklearn", *OPTIONAL},
 }
 
 

@@ -11,8 +11,21 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsimclr.optim import LARS, OptimConfig, Schedule, build_optimizer, learning_rate, parameter_groups, set_lr
+from fastsimclr.kernels.backend import Backend
+from fastsimclr.kernels.lars import lars_step
+from fastsimclr.optim import (
+    LARS,
+    HeadSetting,
+    OptimConfig,
+    Schedule,
+    build_optimizer,
+    lars,
+    learning_rate,
+    parameter_groups,
+    set_lr,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "google-simclr-oracle.npz"
 
@@ -48,7 +61,8 @@ def net() -> Net:
     return Net()
 
 
-def test_twelve_lars_steps_match_google() -> None:
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+def test_twelve_lars_steps_match_google(backend: Backend) -> None:
     """Errors relative to the largest weight of the tensor, or absolute where that is below 1."""
     golden = np.load(GOLDEN)
     init = [torch.from_numpy(golden[f"lars/init/{k}"]) for k in range(5)]
@@ -61,6 +75,9 @@ def test_twelve_lars_steps_match_google() -> None:
             p.data = w.permute(order).contiguous()
     config = OptimConfig(lr=1.0, lr_scaling="none", weight_decay=1e-4)
     optimizer = build_optimizer(config, model, global_batch=512, heads=[head])
+    assert isinstance(optimizer, LARS)
+    optimizer.backend = backend
+    assert optimizer.implementation == {"reference": "lars.foreach", "fused": "lars.fused"}[backend]
     for group in optimizer.param_groups:
         # The recorded gradient of the head's kernel is complete: Google's loss holds its L2 term.
         group["l2"] = 0.0
@@ -259,3 +276,113 @@ def test_lars_alone_takes_plain_parameters() -> None:
     w.grad = torch.ones(4)
     LARS([w], lr=2.0, weight_decay=0.0).step()
     torch.testing.assert_close(w.detach(), torch.full((4,), 3.0 - 2 * 0.001 * 3.0))
+
+
+def test_one_call_steps_all_groups_of_one_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels, heads and excluded together; a rate of its own takes a call of its own."""
+    calls: list[int] = []
+
+    def counted(params: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append(len(params))
+        lars_step(params, *args, **kwargs)
+
+    monkeypatch.setattr(lars, "lars_step", counted)
+    model = net()
+    optimizer = build_optimizer(OptimConfig(), model, global_batch=256, heads=[model.classifier])
+    train(model, optimizer, 2)
+    assert calls == [9, 9]
+    set_lr(optimizer, torch.tensor(0.5))
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.25
+    optimizer.step()
+    assert calls == [9, 9, 9, 2, 7]
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_a_scaled_rate_is_that_multiple_of_the_rate(scale: float) -> None:
+    """lr_scale in the kernel against the same rate given as such, by LARS and by SGD; a tensor keeps its place."""
+    for name in ("lars", "sgd"):
+        ends = []
+        for setting, lr in ((HeadSetting(lr_scale=scale, weight_decay=0.1), 0.4), (None, 0.4 * scale)):
+            torch.manual_seed(0)
+            model = nn.Linear(3, 2)
+            config = OptimConfig(name=name, weight_decay=0.1)
+            settings = [setting] if setting else []
+            optimizer = build_optimizer(config, model, global_batch=256, heads=[model], settings=settings)
+            for rate in (lr, torch.tensor(lr)):
+                set_lr(optimizer, rate)
+                optimizer.zero_grad()
+                model(torch.ones(4, 3)).square().sum().backward()
+                optimizer.step()
+            ends.append([p.detach() for p in model.parameters()])
+        for a, b in zip(*ends, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_state_of_an_earlier_version_and_of_another_layout_loads() -> None:
+    """Groups without lr_scale; momenta that are contiguous where the weights are channels-last now."""
+    first, second = net(), net().to(memory_format=torch.channels_last)
+    optimizers = [build_optimizer(OptimConfig(), model, global_batch=256) for model in (first, second)]
+    train(first, optimizers[0], 2)
+    second.load_state_dict(first.state_dict())
+    state = copy.deepcopy(optimizers[0].state_dict())
+    for group in state["param_groups"]:
+        del group["lr_scale"]
+    optimizers[1].load_state_dict(state)
+    for model, optimizer in zip((first, second), optimizers, strict=True):
+        train(model, optimizer, 2, seed=1)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    weight = second.bn_kernel.weight
+    assert optimizers[1].state[weight]["momentum"].stride() == weight.stride() != first.bn_kernel.weight.stride()
+
+
+def test_a_copied_optimizer_keeps_its_backend() -> None:
+    optimizer = LARS([nn.Parameter(torch.ones(2))], lr=0.1, weight_decay=0.0, backend="fused")
+    assert copy.deepcopy(optimizer).backend == "fused"
+
+
+class Reads(TorchDispatchMode):
+    """Records operators that read a value from the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal"):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("unscale_first", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+def test_the_loss_scaler_waits_for_nothing_and_skips_an_overflow(backend: Backend, unscale_first: bool) -> None:
+    """Steps under torch.amp.GradScaler equal steps without; step 1 overflows and halves the scale."""
+    scaled, plain = net(), net()
+    ours = LARS(scaled.parameters(), lr=0.1, weight_decay=0.1, backend=backend)
+    oracle = LARS(plain.parameters(), lr=0.1, weight_decay=0.1, backend="reference")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=100)
+    x = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    for step in range(3):
+        before = [p.detach().clone() for p in scaled.parameters()]
+        loss = scaled(x).square().mean()
+        scaler.scale(loss).backward()
+        if step == 1:
+            next(scaled.parameters()).grad.view(-1)[0] = math.inf  # type: ignore[union-attr]
+        with Reads() as reads:
+            if unscale_first:
+                scaler.unscale_(ours)
+            scaler.step(ours)
+            scaler.update()
+        ours.zero_grad()
+        assert reads.names == []
+        assert not hasattr(ours, "grad_scale") and scaler.get_scale() == (1024.0 if step == 0 else 512.0)
+        if step == 1:
+            assert all(torch.equal(a, b) for a, b in zip(scaled.parameters(), before, strict=True))
+        else:
+            plain(x).square().mean().backward()
+            oracle.step()
+            oracle.zero_grad()
+        for a, b in zip(scaled.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # BN's running statistics are not used in training

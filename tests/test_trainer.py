@@ -54,7 +54,7 @@ def job(
     else:
         objective = CrossEntropy(build_classifier(TINY, 8, 4, init="normal"))
     optim = optim or OptimConfig(lr=2.0, warmup_epochs=0)
-    data = DataConfig(resident="never", threads=threads)
+    data = DataConfig(loader="native", threads=threads)
     given = Job(
         stage=kind,
         run=run,
@@ -283,13 +283,13 @@ def one_step(given: Job, runtime: Runtime) -> Callable[[], None]:
 @pytest.mark.parametrize("kind", ["pretrain", "supervised"])
 @pytest.mark.parametrize("optimizer", ["lars", "sgd"])
 def test_a_step_never_waits_for_the_device(tmp_path: Path, kind: str, optimizer: str) -> None:
-    every_op = Policy(size=24, rotate=15, solarise=0.5)
+    every_op = Policy(size=24, rotate=15, solarise=0.5, rotate90=0.5, sobel=0.5, noise=0.5, cutout=0.5)
     optim = OptimConfig(name=optimizer, lr=0.5, warmup_epochs=0)  # type: ignore[arg-type]
     step = one_step(job(tmp_path, kind=kind, optim=optim, policy=every_op), CPU)
     with Syncs() as syncs:
         step()
     assert syncs.ops == []
-    assert syncs.seen > 500
+    assert syncs.seen > 200  # views, loss and LARS are one operator each here; their own tests look inside
 
 
 def test_the_check_for_waiting_can_fail() -> None:

@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from fastsimclr.bench.ours import HEAD_DIM, LR, MOMENTUM, TEMPERATURE, WEIGHT_DECAY, policy_for
 from fastsimclr.bench.record import LAST, Contestant, Round, Stopwatch
 from fastsimclr.kernels.nt_xent import nt_xent
+from fastsimclr.loaders import Policy
 from fastsimclr.models import SimCLRNet, count_parameters
 from fastsimclr.runtime import Runtime
 
@@ -37,7 +38,8 @@ def notes() -> list[str]:
     return [] if find_spec("lightly") else [MISSING]
 
 
-def _lightly(module: str, name: str) -> Any:
+def from_lightly(module: str, name: str) -> Any:
+    """`name` of lightly.`module`."""
     with warnings.catch_warnings(action="ignore"):  # what lightly's imports warn of is not ours to mend
         return getattr(import_module(f"lightly.{module}"), name)
 
@@ -63,7 +65,7 @@ class Net(nn.Module):
 
 def _head(channels: int) -> nn.Module:
     if find_spec("lightly"):
-        head: nn.Module = _lightly("models.modules", "SimCLRProjectionHead")(channels, channels, HEAD_DIM)
+        head: nn.Module = from_lightly("models.modules", "SimCLRProjectionHead")(channels, channels, HEAD_DIM)
         return head
     first = (nn.Linear(channels, channels, bias=False), nn.BatchNorm1d(channels), nn.ReLU())
     return nn.Sequential(*first, nn.Linear(channels, HEAD_DIM, bias=False), nn.BatchNorm1d(HEAD_DIM))
@@ -72,7 +74,7 @@ def _head(channels: int) -> nn.Module:
 def loss_function() -> Loss:
     """NT-Xent of two sets of projections [N, D]: lightly's, or cross-entropy over the whole matrix."""
     if find_spec("lightly"):
-        loss: Loss = _lightly("loss", "NTXentLoss")(temperature=TEMPERATURE)
+        loss: Loss = from_lightly("loss", "NTXentLoss")(temperature=TEMPERATURE)
         return loss
 
     def plain(z0: Tensor, z1: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ def _optimizer(net: nn.Module) -> torch.optim.Optimizer:
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
             {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
         ]
-        lars: torch.optim.Optimizer = _lightly("utils.lars", "LARS")(groups, lr=LR, momentum=MOMENTUM)
+        lars: torch.optim.Optimizer = from_lightly("utils.lars", "LARS")(groups, lr=LR, momentum=MOMENTUM)
         return lars
     return torch.optim.SGD(net.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
@@ -98,12 +100,20 @@ def _optimizer(net: nn.Module) -> torch.optim.Optimizer:
 def transform(size: int) -> Callable[[Any], Any]:
     """PIL image -> two views float [3, S, S], with the settings of our policy of that size."""
     policy = policy_for(size)
-    if find_spec("lightly"):
-        views: Callable[[Any], Any] = _lightly("transforms", "SimCLRTransform")(
-            input_size=size, cj_strength=policy.strength, gaussian_blur=policy.blur
-        )
-        return views
-    s = policy.strength
+    return lightly_transform(policy) if find_spec("lightly") else TwoViews(plain_transform(policy))
+
+
+def lightly_transform(policy: Policy) -> Callable[[Any], list[Any]]:
+    """lightly's: PIL image -> two views float [3, S, S] with the settings of `policy`."""
+    views: Callable[[Any], list[Any]] = from_lightly("transforms", "SimCLRTransform")(
+        input_size=policy.size, cj_strength=policy.strength, gaussian_blur=policy.blur
+    )
+    return views
+
+
+def plain_transform(policy: Policy) -> Callable[[Any], Any]:
+    """torchvision's: PIL image or uint8 tensor [3, H, W] -> one view float [3, S, S] with the settings of `policy`."""
+    s, size = policy.strength, policy.size
     stages: list[Any] = [
         v2.RandomResizedCrop(size),
         v2.RandomHorizontalFlip(),
@@ -113,8 +123,8 @@ def transform(size: int) -> Callable[[Any], Any]:
     if policy.blur:
         stages.append(v2.RandomApply([v2.GaussianBlur(size // 10 // 2 * 2 + 1, policy.sigma)], p=policy.blur))
     stages += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
-    one = v2.Compose([*stages, v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
-    return TwoViews(one)
+    composed: Callable[[Any], Any] = v2.Compose([*stages, v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    return composed
 
 
 class TwoViews:

@@ -8,17 +8,24 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from fastsimclr.bench.calls_table import table_of_calls
 from fastsimclr.bench.compare import compare
-from fastsimclr.bench.configs import BenchConfig, E2eBench, LoaderBench, StepBench
+from fastsimclr.bench.configs import BenchConfig, E2eBench, LarsBench, LoaderBench, LossBench, StepBench, ViewsBench
 from fastsimclr.bench.e2e import bench_e2e
+from fastsimclr.bench.lars import bench_lars
 from fastsimclr.bench.loader import bench_loader
+from fastsimclr.bench.loss import bench_loss
 from fastsimclr.bench.record import Report, table, write
 from fastsimclr.bench.step import bench_step
+from fastsimclr.bench.views import bench_views
 
 _BENCHES: dict[str, tuple[type[BenchConfig], Callable[[Any], Report]]] = {
     "loader": (LoaderBench, bench_loader),
     "step": (StepBench, bench_step),
     "e2e": (E2eBench, bench_e2e),
+    "loss": (LossBench, bench_loss),
+    "views": (ViewsBench, bench_views),
+    "lars": (LarsBench, bench_lars),
 }
 
 
@@ -49,7 +56,7 @@ def run_bench(options: Namespace) -> None:
     config, bench = _BENCHES[name]
     settings = config(**{key: chosen[key] for key in config.__dataclass_fields__})
     result = bench(settings)
-    print(table(result))
+    print(table_of_calls(result) if "works" in result else table(result))
     if settings.json is not None:
         write(Path(settings.json), result)
         print(f"report: {settings.json}")

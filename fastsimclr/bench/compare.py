@@ -17,7 +17,7 @@ _FREE = (
 
 
 def compare(first: Path, second: Path) -> str:
-    """images/s of `second` over `first` for each variant in both, and what differs between the two.
+    """Speed of `second` over `first` for each variant in both, and what differs between the two.
 
     ValueError for a file that is no report, or two of other benches, devices or settings: the keys are named.
     """
@@ -29,17 +29,16 @@ def compare(first: Path, second: Path) -> str:
         raise ValueError(
             f"{first} and {second} cannot be compared, they differ in {', '.join(differing)}; measure alike"
         )
-    rows = [("variant", "images/s, first", "second", "second / first")]
-    others = {row["name"]: row for row in b["rows"]}
-    names = [row["name"] for row in a["rows"]]
-    for row in a["rows"]:
-        if row["name"] in others:
-            x, y = row["images_per_s"], others[row["name"]]["images_per_s"]
+    rows = [("variant", f"{_unit(a)}/s, first", "second", "second / first")]
+    mine, others = _rates(a), _rates(b)
+    for name in mine:
+        if name in others:
+            x, y = mine[name], others[name]
             apart = x["max"] < y["min"] or y["max"] < x["min"]
             verdict = "" if apart else " (ranges overlap)"
             ratio = f"{y['median'] / x['median']:.3f}{verdict}"
-            rows.append((row["name"], f"{x['median']:,.1f}", f"{y['median']:,.1f}", ratio))
-    only = [f"only in one: {name}" for name in sorted(set(names) ^ set(others))]
+            rows.append((name, f"{x['median']:,.1f}", f"{y['median']:,.1f}", ratio))
+    only = [f"only in one: {name}" for name in sorted(set(mine) ^ set(others))]
     facts = sorted(a["environment"].keys() | b["environment"].keys())
     changed = [
         f"{key}: {a['environment'].get(key)} and {b['environment'].get(key)}"
@@ -47,6 +46,19 @@ def compare(first: Path, second: Path) -> str:
         if a["environment"].get(key) != b["environment"].get(key)
     ]
     return "\n".join([f"bench {a['bench']} on {a['environment']['device']}", *aligned(rows), *only, *changed])
+
+
+def _unit(report: dict[str, Any]) -> str:
+    return str(report["works"][0]["unit"]) if "works" in report else "images"
+
+
+def _rates(report: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The rate of each variant that ran, by its name and, where there are several, its piece of work."""
+    if "works" not in report:
+        return {row["name"]: row["images_per_s"] for row in report["rows"]}
+    several = len(report["works"]) > 1
+    ran = [row for row in report["rows"] if row["rounds"]]
+    return {f"{row['group']}: {row['name']}" if several else row["name"]: row["per_s"] for row in ran}
 
 
 def _keys(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:

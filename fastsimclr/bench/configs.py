@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
+Arch = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+Dtype = Literal["fp32", "fp16", "bf16"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
@@ -12,40 +15,50 @@ class BenchConfig:
 
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda or cuda:N."""
-    batch: int = 128
-    """Images a step."""
-    steps: int = 8
-    """Steps a round."""
     rounds: int = 3
     """Rounds that count; all variants take turns in each. One more before them is warm-up, reported apart."""
-    size: int = 32
-    """Side of the views in pixels. Up to 32: CIFAR stem, half colour strength and no blur."""
     seed: int = 0
     """Of weights, images, order and views."""
     smoke: bool = False
-    """One round of two steps of 8 images at 16 px, to see that everything runs."""
+    """One short round at a tiny size, to see that everything runs."""
     json: str | None = None
     """File for the whole report, every raw time included."""
 
     def __post_init__(self) -> None:
-        for key in ("batch", "steps", "rounds", "size", "images", "side"):
+        for key in ("batch", "steps", "rounds", "size", "images", "side", "dim", "views"):
             if getattr(self, key, 1) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be 1 or more")
-        if self.batch < 2:
-            raise ValueError(f"batch={self.batch} leaves no negatives; give 2 or more")
-        if getattr(self, "images", self.batch) < self.batch:
-            raise ValueError(f"images={getattr(self, 'images', 0)} is fewer than batch={self.batch}; raise --images")
 
     def at_smoke_size(self) -> Self:
         """The same settings at the size of --smoke."""
         if not self.smoke:
             return self
         tiny = {"batch": 8, "steps": 2, "rounds": 1, "size": 16, "images": 16, "side": 24, "workers": (0,)}
+        tiny |= {"rows": 64, "dim": 16, "round_ms": 1.0, "width": 0.125}
         return replace(self, **{key: value for key, value in tiny.items() if hasattr(self, key)})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoaderBench(BenchConfig):
+class TrainingBench(BenchConfig):
+    """What the benches of batches are set by. Raises ValueError where a batch has no negatives or too few images."""
+
+    batch: int = 128
+    """Images a step."""
+    steps: int = 8
+    """Steps a round."""
+    size: int = 32
+    """Side of the views in pixels. Up to 32: CIFAR stem, half colour strength and no blur."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch < 2:
+            raise ValueError(f"batch={self.batch} leaves no negatives; give 2 or more")
+        if getattr(self, "images", self.batch) < self.batch:
+            raise ValueError(f"images={getattr(self, 'images', 0)} is fewer than batch={self.batch}; raise --images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderBench(TrainingBench):
     """Images a second from files to memory: ours, and torch's DataLoader with torchvision."""
 
     steps: int = 16
@@ -63,18 +76,18 @@ class LoaderBench(BenchConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepBench(BenchConfig):
+class StepBench(TrainingBench):
     """One pretraining step on resident synthetic images, with its phases; the baseline's views are ready-made."""
 
-    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet18"
+    arch: Arch = "resnet18"
     """The encoder, at full width."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class E2eBench(BenchConfig):
+class E2eBench(TrainingBench):
     """Training from image files to the optimizer step: ours, and lightly as documented and at its best."""
 
-    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet18"
+    arch: Arch = "resnet18"
     """The encoder, at full width."""
     root: str | None = None
     """Folder of images (root/train/CLASS, root/CLASS or flat). Default: JPEG files made for the bench."""
@@ -86,3 +99,85 @@ class E2eBench(BenchConfig):
     """Our decoding threads; 0: one for each core."""
     workers: tuple[int, ...] = (0, 2)
     """Numbers of worker processes that the baseline tries once, over a whole round; it then keeps the fastest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallBench(BenchConfig):
+    """What the benches of single calls are set by. Raises ValueError where a number is not positive."""
+
+    round_ms: float = 200.0
+    """Each variant is called again in its turn until that many milliseconds have passed, at least once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.round_ms > 0:
+            raise ValueError(f"round_ms={self.round_ms} must be above 0; 200 is usual")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossBench(CallBench):
+    """NT-Xent forward and backward: ours, plain torch in several forms, and lightly, with peak memory."""
+
+    rows: int | tuple[int, ...] = 16384
+    """M, the projections of both views of all images; several as [8192,16384,65536]."""
+    dim: int = 128
+    """Width of the projections."""
+    temperature: float = 0.1
+    """Temperature of the loss."""
+    dtype: Dtype = "fp32"
+    """Format in which the projections arrive."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bad := [rows for rows in self.all_rows if rows < 4 or rows % 2]:
+            raise ValueError(f"rows={bad[0]} is not an even number of 4 or more; give two rows an image")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0; SimCLR uses .05 to 1")
+
+    @property
+    def all_rows(self) -> tuple[int, ...]:
+        """`rows` as a tuple."""
+        return (self.rows,) if isinstance(self.rows, int) else tuple(self.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewsBench(CallBench):
+    """Views of decoded images held in memory: ours, torchvision and lightly, with each op's error."""
+
+    policy: Literal["simclr", "cifar"] = "simclr"
+    """simclr: full colour strength and blur. cifar: half colour strength, no blur."""
+    size: int = 224
+    """Side of the views in pixels."""
+    side: int = 256
+    """Side of the images in pixels, where no root is given."""
+    root: str | None = None
+    """Folder of images (root/train/CLASS, root/CLASS or flat), held decoded at their own sizes. Default: synthetic."""
+    images: int = 64
+    """Images a call."""
+    views: int = 2
+    """Views of each image."""
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Format of our views; auto: fp16 on CUDA, fp32 on a CPU. The others make float32."""
+    dataset: int = 0
+    """Also gather the images of a call from that many in memory, by random ids; 0: do not."""
+    threads: int = 1
+    """Threads of torch on a CPU. The others work image by image in one process: 1 compares core with core."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threads < 1:
+            raise ValueError(f"threads={self.threads} must be 1 or more")
+        if self.root is not None and self.dataset:
+            raise ValueError(f"dataset={self.dataset} and root={self.root!r} exclude each other: it is synthetic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LarsBench(CallBench):
+    """One LARS step over a network's parameters: ours, lightly, plain torch, and SGD for scale."""
+
+    arch: Arch = "resnet50"
+    """Encoder whose parameters are stepped, with SimCLR v1's head."""
+    width: float = 1.0
+    """Multiplies its channels."""
+    variant: Literal["google", "lightly"] = "google"
+    """Formula of ours and of plain torch; lightly's LARS has its own."""

@@ -25,7 +25,7 @@ def bench_e2e(config: E2eBench) -> Report:
     with tempfile.TemporaryDirectory() as scratch:
         source, what = open_files(config.root, config.images, config.side, config.seed, Path(scratch))
         start = time.perf_counter()
-        resident = hold(source, DataConfig(threads=config.threads, resident="always"), auto.device)
+        resident = hold(source, DataConfig(threads=config.threads, loader="resident"), auto.device)
         setup_s = time.perf_counter() - start
         checks = {"images": what} | baseline.same_work(
             ours.network(config.arch, config.size, config.seed), config.size, config.arch

@@ -1,4 +1,4 @@
-"""`make gpu-check`: the tests marked gpu, then the benches at GPU size, with the Python and torch that are there."""
+"""`make gpu-check`: the tests marked gpu and of the fused kernels, then the benches at GPU size, on what is there."""
 
 from __future__ import annotations
 
@@ -19,20 +19,27 @@ NEEDED = {
     "torchvision": "torchvision",
     "numpy": "numpy",
     "PIL": "pillow",
+    "scipy": "scipy",
     "sklearn": "scikit-learn",
     "simplejpeg": "simplejpeg",
     "tqdm": "tqdm",
     "yaml": "pyyaml",
     "pytest": "pytest",
     "hypothesis": "hypothesis",
+    "lightly": "lightly",
 }
+
+JOBS = ("tests", "loss", "views-224", "views-cifar", "lars", "step-r18", "step-r50", "loader", "e2e-r18")
+KERNEL_TESTS = ("test_*_fused.py", "test_nt_xent_extras.py", "test_gather_views.py", "test_views_extras.py")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 when tests pass and all reports are written, 2 where something needed is missing."""
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"), help="Folder for the reports.")
-    out: Path = parser.parse_args(arguments).out
+    parser.add_argument("--only", nargs="+", choices=JOBS, default=JOBS, help="Parts to run; all where not given.")
+    options = parser.parse_args(arguments)
+    out: Path = options.out
     if not torch.cuda.is_available():
         print(f"gpu-check: torch {torch.__version__} sees no CUDA device; run it on a GPU machine", file=sys.stderr)
         return 2
@@ -45,35 +52,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
     start = time.perf_counter()
-    # Only the files that hold such tests: others import what a GPU machine may lack.
-    marked = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
-    tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", *marked], cwd=ROOT)
-    if tests.returncode:
-        print("gpu-check: the GPU tests failed; no speed is measured on red tests", file=sys.stderr)
-        return 1
-    _benches(out)
+    for selected in (["-m", "gpu", *_marked()], _of_kernels()) if "tests" in options.only else ():
+        if subprocess.run([sys.executable, "-m", "pytest", "-q", *selected], cwd=ROOT).returncode:
+            print("gpu-check: the GPU tests failed; no speed is measured on red tests", file=sys.stderr)
+            return 1
+    _benches(out, options.only)
     print(f"gpu-check: done in {time.perf_counter() - start:.0f} s, reports in {out}")
     return 0
 
 
-def _benches(out: Path) -> None:
+def _marked() -> list[str]:
+    """The files that hold tests marked gpu, alone: others import what a GPU machine may lack."""
+    return [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
+
+
+def _of_kernels() -> list[str]:
+    """The tests of the fused kernels: interpreted elsewhere, they run for real where there is a GPU."""
+    found = {path for pattern in KERNEL_TESTS for path in (ROOT / "tests" / "kernels").glob(pattern)}
+    return [str(path) for path in sorted(found)]
+
+
+def _benches(out: Path, only: Sequence[str]) -> None:
     # Here, not above: without simplejpeg these imports fail before the message that says so.
-    from fastsimclr.bench.configs import E2eBench, LoaderBench, StepBench
+    from fastsimclr.bench.calls_table import table_of_calls
+    from fastsimclr.bench.configs import E2eBench, LarsBench, LoaderBench, LossBench, StepBench, ViewsBench
     from fastsimclr.bench.e2e import bench_e2e
+    from fastsimclr.bench.lars import bench_lars
     from fastsimclr.bench.loader import bench_loader
+    from fastsimclr.bench.loss import bench_loss
     from fastsimclr.bench.record import Report, table, write
     from fastsimclr.bench.step import bench_step
+    from fastsimclr.bench.views import bench_views
 
+    cifar = {"policy": "cifar", "size": 32, "side": 32, "images": 8192, "dataset": 50_000}
     jobs: dict[str, Callable[[], Report]] = {
+        "loss": lambda: bench_loss(LossBench(device="cuda", rows=(8192, 16384, 65536))),
+        "views-224": lambda: bench_views(ViewsBench(device="cuda", images=512)),
+        "views-cifar": lambda: bench_views(ViewsBench(device="cuda", **cifar)),  # type: ignore[arg-type]
+        "lars": lambda: bench_lars(LarsBench(device="cuda")),
         "step-r18": lambda: bench_step(StepBench(device="cuda", batch=512, steps=30)),
         "step-r50": lambda: bench_step(StepBench(device="cuda", arch="resnet50", size=224, batch=128, steps=12)),
         "loader": lambda: bench_loader(LoaderBench(device="cuda")),
         "e2e-r18": lambda: bench_e2e(E2eBench(device="cuda", batch=512, steps=20, images=10240, workers=(4, 16))),
     }
-    for name, job in jobs.items():
-        result = job()
+    assert ("tests", *jobs) == JOBS
+    for name in (name for name in jobs if name in only):
+        result = jobs[name]()
         write(out / f"{name}.json", result)
-        print(f"\n{table(result)}\n", flush=True)
+        print(f"\n{table_of_calls(result) if 'works' in result else table(result)}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def bench_loader(config: LoaderBench) -> Report:
     config = config.at_smoke_size()
     runtime = choose_runtime(config.device, "fp32", True)
     device, watch = runtime.device, Stopwatch(runtime.device)
-    data = DataConfig(threads=config.threads, resident="always")
+    data = DataConfig(threads=config.threads, loader="resident")
     policy = Policy(size=config.size, flip=0.0, jitter=0.0, grey=0.0, blur=0.0, normalise="none")
     threads = thread_count(config.threads)
     workers = 0 if config.smoke else threads

@@ -132,8 +132,8 @@ def _row(contestant: Contestant, turns: list[Round], peak: int) -> dict[str, Any
         "name": contestant.name,
         "ours": contestant.ours,
         "views_per_image": contestant.views,
-        "images_per_s": _spread(rates),
-        "views_per_s": _spread([contestant.views * rate for rate in rates]) if contestant.views else None,
+        "images_per_s": spread(rates),
+        "views_per_s": spread([contestant.views * rate for rate in rates]) if contestant.views else None,
         "step_ms": {"p50": 1e3 * float(np.percentile(steps, 50)), "p90": 1e3 * float(np.percentile(steps, 90))},
         "phase_ms": phases,
         "data_wait_pct": 100 * sum(turn.phase_s.get("wait", 0.0) for turn in counted) / seconds,
@@ -145,7 +145,8 @@ def _row(contestant: Contestant, turns: list[Round], peak: int) -> dict[str, Any
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and greatest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
@@ -157,7 +158,7 @@ def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for other in alike:
             pairs = zip(ours["rounds"], other["rounds"], strict=True)
             values = [a["images"] / a["seconds"] * b["seconds"] / b["images"] for a, b in pairs]
-            found.append({"ours": ours["name"], "baseline": other["name"], **_spread(values)})
+            found.append({"ours": ours["name"], "baseline": other["name"], **spread(values)})
     return found
 
 
@@ -171,10 +172,25 @@ def report(
     notes: Sequence[str] = (),
 ) -> Report:
     """Rows and their ratios with all that a reader needs to repeat or doubt them. No ratios where losses are off."""
+    alike, verdict = _losses_alike(rows)
+    found = ratios(rows) if alike else []
+    return frame(bench, config, runtime, rows, found, checks=checks | {"losses": verdict}, notes=notes)
+
+
+def frame(
+    bench: str,
+    config: dict[str, Any],
+    runtime: Runtime,
+    rows: list[dict[str, Any]],
+    found: list[dict[str, Any]],
+    *,
+    checks: dict[str, Any],
+    notes: Sequence[str],
+) -> Report:
+    """What every report has: rows and the ratios `found`, with device, versions, commit, settings and seed."""
     facts = environment(runtime)
     for key in ("precision", "channels_last"):  # each row has its own
         facts.pop(key)
-    alike, verdict = _losses_alike(rows)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "bench": bench,
@@ -183,10 +199,10 @@ def report(
         "environment": facts | {"platform": platform.platform(), "versions": _versions()},
         "config": config,
         "seed": config["seed"],
-        "checks": checks | {"losses": verdict},
+        "checks": checks,
         "notes": list(notes),
         "rows": rows,
-        "ratios": ratios(rows) if alike else [],
+        "ratios": found,
         "process_peak_mib": round(peak / 2**20, 1),
     }
 
@@ -221,10 +237,16 @@ def write(path: Path, result: Report) -> None:
     checkpoint.write_text(path, json.dumps(result, indent=1) + "\n")
 
 
+def heading(result: Report) -> list[str]:
+    """Bench, device and versions, in two lines."""
+    facts, rounds = result["environment"], result["config"].get("rounds", len(result["rows"][0]["rounds"]))
+    label = "GPU" if result["kind"] == "cuda" else "CPU figures, which say nothing of a GPU"
+    run = f"commit {facts['commit']}, seed {result['seed']}, {rounds} rounds in turn after a warm-up"
+    return [f"bench {result['bench']} on {facts['device']} ({label})", f"torch {facts['torch']}, {run}"]
+
+
 def table(result: Report) -> str:
     """The report for people: one line a variant, then phases, ratios, checks and notes."""
-    facts = result["environment"]
-    label = "GPU" if result["kind"] == "cuda" else "CPU figures, which say nothing of a GPU"
     head = ("variant", "images/s", "(range)", "views/s", "step p50 ms", "p90 ms", "data wait %", "peak MiB")
     lines = [head]
     for row in result["rows"]:
@@ -241,7 +263,6 @@ def table(result: Report) -> str:
                 f"{peak:,.0f}" if peak else "-",
             )
         )
-    rounds, seed = len(result["rows"][0]["rounds"]), result["seed"]
     phases = [
         f"  {row['name']}: " + ", ".join(f"{key} {ms:.1f}" for key, ms in row["phase_ms"].items())
         for row in result["rows"]
@@ -249,8 +270,7 @@ def table(result: Report) -> str:
     ]
     return "\n".join(
         [
-            f"bench {result['bench']} on {facts['device']} ({label})",
-            f"torch {facts['torch']}, commit {facts['commit']}, seed {seed}, {rounds} rounds in turn after a warm-up",
+            *heading(result),
             "",
             *aligned(lines),
             *(["", "ms a step by phase", *phases] if phases else []),

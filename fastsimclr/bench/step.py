@@ -24,7 +24,7 @@ def bench_step(config: StepBench) -> Report:
     config = config.at_smoke_size()
     images = max(config.batch * _READY, 2048 if config.size <= 32 else 512)
     side = config.size if config.size <= 32 else config.size * 8 // 7
-    data = DataConfig(source="synthetic", synthetic_images=images, synthetic_size=side, resident="always")
+    data = DataConfig(source="synthetic", synthetic_images=images, synthetic_size=side, loader="resident")
     source = open_data(data).unlabelled
     plain = choose_runtime(config.device, "fp32", False)
     device = plain.device

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from fastsimclr.kernels.lars import Variant, lars_step
+from fastsimclr.kernels.backend import Backend
+from fastsimclr.kernels.lars import Variant, implementation, lars_step
 
 Name = Literal["lars", "sgd"]
 LrScaling = Literal["linear", "sqrt", "none"]
@@ -72,13 +73,21 @@ class OptimConfig:
 
 
 class LARS(torch.optim.Optimizer):
-    """LARS as `fastsimclr.kernels.lars.lars_step` computes it; no host sync, one set of foreach operations a group.
+    """LARS as `fastsimclr.kernels.lars.lars_step` computes it: one call for all groups, and no wait for the device.
 
-    params: parameters or groups. A group may set "excluded" (no decay, no trust ratio) and "l2": a coefficient whose
-    multiple of the weight is added to the gradient first, which is the gradient of an L2 term l2 / 2 * |w|^2 in the
-    loss, as Google's supervised head has it. "lr" of a group may be a float or a 0-dim tensor.
+    params: parameters or groups. A group may set "excluded" (no decay, no trust ratio), "lr_scale" (its learning rate
+    as a multiple of "lr") and "l2": a coefficient whose multiple of the weight is added to the gradient first, which is
+    the gradient of an L2 term l2 / 2 * |w|^2 in the loss, as Google's supervised head has it. "lr" of a group may be a
+    float or a 0-dim tensor on its device; groups that differ in it, or in "momentum", "trust" or "variant", are stepped
+    one after the other. backend: as of `lars_step`.
     State: one "momentum" tensor a parameter, zero at first. Parameters without gradient are passed over.
+    torch.amp.GradScaler leaves scale and inf check to the step, where both stay on the device: a step with an
+    overflow changes nothing, and nobody waits to hear of it. It leaves the gradients scaled.
     """
+
+    _step_supports_amp_scaling = True
+    """Read by GradScaler, which then sets `grad_scale` and `found_inf` for the time of a step."""
+    backend: Backend = "auto"
 
     def __init__(
         self,
@@ -89,6 +98,7 @@ class LARS(torch.optim.Optimizer):
         momentum: float = 0.9,
         trust: float = 0.001,
         variant: Variant = "google",
+        backend: Backend = "auto",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -98,8 +108,28 @@ class LARS(torch.optim.Optimizer):
             "variant": variant,
             "excluded": False,
             "l2": 0.0,
+            "lr_scale": 1.0,
         }
+        self.backend = backend
         super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "backend": self.backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """After unpickling or loading a state: of an earlier version too, and of parameters in another layout."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("lr_scale", 1.0)
+        for p, own in self.state.items():
+            if own["momentum"].stride() != p.stride():
+                own["momentum"] = torch.empty_like(p).copy_(own["momentum"])
+
+    @property
+    def implementation(self) -> str:
+        """What a step runs: "lars.fused" or "lars.foreach"."""
+        which = implementation(self.param_groups[0]["params"][0], self.backend)
+        return f"lars.{'fused' if which == 'fused' else 'foreach'}"
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -108,28 +138,41 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        # In float64, as GradScaler itself: some GPUs' float32 reciprocal is off by more than rounding.
+        inverse = None if scale is None else scale.double().reciprocal().float()
+        together: dict[tuple[Any, ...], list[tuple[Tensor, dict[str, Any]]]] = {}
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-            grads = [p.grad for p in params]
-            if group["l2"]:
-                grads = list(torch._foreach_add(grads, params, alpha=group["l2"]))
-            lars_step(
-                params,
-                grads,
-                [self.state[p]["momentum"] for p in params],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                momentum=group["momentum"],
-                trust=group["trust"],
-                excluded=[group["excluded"]] * len(params),
-                variant=group["variant"],
-            )
+            common = (group["lr"], group["momentum"], group["trust"], group["variant"])
+            key = (id(common[0]) if isinstance(common[0], Tensor) else common[0], *common[1:])
+            together.setdefault(key, []).extend((p, group) for p in group["params"] if p.grad is not None)
+        for members in together.values():
+            if members:
+                self._step(members, inverse)
         return loss
+
+    def _step(self, members: list[tuple[Tensor, dict[str, Any]]], inverse_scale: Tensor | None) -> None:
+        """Step parameters, each with its group, that have the same learning rate."""
+        params, groups = [p for p, _ in members], [group for _, group in members]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        lars_step(
+            params,
+            [p.grad for p in params],  # type: ignore[misc]
+            [self.state[p]["momentum"] for p in params],
+            lr=groups[0]["lr"],
+            weight_decay=[group["weight_decay"] for group in groups],
+            momentum=groups[0]["momentum"],
+            trust=groups[0]["trust"],
+            excluded=[group["excluded"] for group in groups],
+            l2=[group["l2"] for group in groups],
+            lr_scale=[group["lr_scale"] for group in groups],
+            variant=groups[0]["variant"],
+            inverse_scale=inverse_scale,
+            found_inf=getattr(self, "found_inf", None),
+            backend=self.backend,
+        )
 
 
 def parameter_groups(model: nn.Module, heads: Sequence[nn.Module] = ()) -> dict[str, list[nn.Parameter]]:
@@ -187,11 +230,11 @@ def build_optimizer(
         ]
     groups: list[dict[str, Any]] = []
     for name, params, decay, scale in named:
-        kind, lr = name.partition(".")[0], config.peak_lr(global_batch) * scale
-        group = {"name": name, "params": params, "lr": lr} | ({"lr_scale": scale} if settings else {})
+        kind, lr = name.partition(".")[0], config.peak_lr(global_batch)
+        group = {"name": name, "params": params} | ({"lr_scale": scale} if settings else {})
         if config.name == "sgd":
             # Coupled decay is the same L2 term of the loss for kernels and heads alike.
-            group["weight_decay"] = 0.0 if kind == "excluded" else decay
+            group |= {"lr": lr * scale, "weight_decay": 0.0 if kind == "excluded" else decay}
         else:
             group |= {"excluded": kind != "kernels", "l2": decay if kind == "heads" else 0.0}
         if params:
@@ -214,5 +257,6 @@ def set_lr(optimizer: torch.optim.Optimizer, value: float | Tensor) -> None:
 
     A 0-dim tensor stays on its device.
     """
+    scaled_here = not isinstance(optimizer, LARS)  # which scales by itself
     for group in optimizer.param_groups:
-        group["lr"] = value * group["lr_scale"] if "lr_scale" in group else value
+        group["lr"] = value * group["lr_scale"] if scaled_here and "lr_scale" in group else value

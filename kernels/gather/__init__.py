@@ -1,6 +1,6 @@
-"""The exchange between ranks: every rank's rows on every rank."""
+"""What is brought together: every rank's rows on every rank, and views from a data set held on the device."""
 
-# W ranks
+# W ranks    N rows of a rank
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastsimclr.kernels.gather.reference import all_gather_rows
+from fastsimclr.kernels.gather.views import gather_views
 
-__all__ = ["all_gather_rows", "gather"]
+__all__ = ["all_gather_rows", "gather", "gather_in_place", "gather_views"]
 
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -20,3 +21,9 @@ def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     parts = x.new_empty(dist.get_world_size(group), *x.shape)
     dist.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous(), group=group)
     return parts
+
+
+def gather_in_place(rows: Tensor, group: dist.ProcessGroup) -> None:
+    """Fills rows [W * N, ...], contiguous, in which this rank has written its own N at N * rank. One collective."""
+    own = rows.chunk(dist.get_world_size(group))[dist.get_rank(group)]
+    dist.all_gather_into_tensor(rows, own, group=group)

@@ -5,74 +5,168 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 Variant = Literal["google", "lightly"]
+T = TypeVar("T")
+
+_ELEMENTS = {"cpu": 1 << 18}
+_ELEMENTS_ELSEWHERE = 1 << 62
+"""Elements of the tensors that are stepped together."""
 
 
 @torch.no_grad()
-def lars_step(
+def lars_step_reference(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momenta: Sequence[Tensor],
+    copies: Sequence[Tensor | None],
     *,
     lr: float | Tensor,
-    weight_decay: float,
-    momentum: float = 0.9,
-    trust: float = 0.001,
+    weight_decay: Sequence[float],
+    l2: Sequence[float],
+    lr_scale: Sequence[float],
     excluded: Sequence[bool],
-    variant: Variant = "google",
-    eps: float = 1e-8,
+    momentum: float,
+    trust: float,
+    variant: Variant,
+    eps: float,
+    inverse_scale: Tensor | None,
+    found_inf: Tensor | None,
 ) -> None:
-    """One LARS step, in place on `params` and `momenta`; the gradients are left as they are and nothing is synced.
+    """One LARS step as `lars_step` says it, of tensors that were checked; in place, and nothing is synced.
 
-    params, grads, momenta: tensors of equal shapes, float32 (float64 works too), on one device; momenta start at zero.
-    lr: a float or a 0-dim tensor. excluded: one flag a tensor; an excluded one has neither decay nor trust ratio.
-    variant "google": r = trust |w| / |g + decay w|, 1 where a norm is 0; v = momentum v + lr r g; w -= v.
-    variant "lightly": r = trust |w| / (|g| + decay |w| + eps), g unchanged where a norm is 0; v = momentum v + r g;
-    w -= lr v. Unlike lightly's own class it scales with decay 0 too: there, decay 0 silently switches LARS off.
-    Raises ValueError where the sequences differ in length or the variant is unknown.
+    About 20 foreach operations, and one small launch more for each adapted tensor: foreach has no fast form of lists
+    times 0-dim tensors. With `found_inf` two more a tensor: what was there before is kept, and chosen on the device.
+    On a CPU a few tensors at a time, so that what one operation writes is in the cache for the next.
     """
-    if not len(params) == len(grads) == len(momenta) == len(excluded):
-        lengths = f"{len(params)} params, {len(grads)} grads, {len(momenta)} momenta, {len(excluded)} excluded flags"
-        raise ValueError(f"LARS got {lengths}; give one of each per tensor")
-    if variant not in get_args(Variant):
-        raise ValueError(f"variant={variant!r} is unknown; use 'google' or 'lightly'")
-    if not params:
-        return
-    params, momenta, updates = list(params), list(momenta), list(grads)
+    limit = _ELEMENTS.get(params[0].device.type, _ELEMENTS_ELSEWHERE) if params else 0
+    start = 0
+    while start < len(params):
+        stop, count = start + 1, params[start].numel()
+        while stop < len(params) and count + params[stop].numel() <= limit:
+            count += params[stop].numel()
+            stop += 1
+        part = slice(start, stop)
+        _step(
+            params[part],
+            grads[part],
+            momenta[part],
+            copies[part],
+            lr,
+            weight_decay[part],
+            l2[part],
+            lr_scale[part],
+            excluded[part],
+            momentum,
+            trust,
+            variant,
+            eps,
+            inverse_scale,
+            found_inf,
+        )
+        start = stop
+
+
+def _step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    copies: Sequence[Tensor | None],
+    lr: float | Tensor,
+    weight_decay: Sequence[float],
+    l2: Sequence[float],
+    lr_scale: Sequence[float],
+    excluded: Sequence[bool],
+    momentum: float,
+    trust: float,
+    variant: Variant,
+    eps: float,
+    inverse_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    params, momenta = list(params), list(momenta)
+    written = [*params, *momenta, *(c for c in copies if c is not None)]
+    before = [] if found_inf is None else [t.clone() for t in written]
+    updates = [g if g.dtype == w.dtype else g.to(w.dtype) for w, g in zip(params, grads, strict=True)]
+    if inverse_scale is not None:
+        updates = list(torch._foreach_mul(updates, inverse_scale))
+    heads = [i for i, coefficient in enumerate(l2) if coefficient]
+    if heads:
+        _put(updates, heads, _decayed(_at(updates, heads), _at(params, heads), _at(l2, heads)))
     adapted = [i for i, flag in enumerate(excluded) if not flag]
     if adapted:
-        scaled = _scaled_gradients(
-            [params[i] for i in adapted], [grads[i] for i in adapted], weight_decay, trust, variant, eps
-        )
-        for i, update in zip(adapted, scaled, strict=True):
-            updates[i] = update
+        decays = _at(weight_decay, adapted)
+        scaled = _scaled_gradients(_at(params, adapted), _at(updates, adapted), decays, trust, variant, eps)
+        _put(updates, adapted, scaled)
     torch._foreach_mul_(momenta, momentum)
     if variant == "google":
-        torch._foreach_add_(momenta, torch._foreach_mul(updates, lr))
+        _add_times(momenta, updates, lr, lr_scale, 1.0)
         torch._foreach_sub_(params, momenta)
     else:
         torch._foreach_add_(momenta, updates)
-        torch._foreach_sub_(params, torch._foreach_mul(momenta, lr))
+        _add_times(params, momenta, lr, lr_scale, -1.0)
+    for w, c in zip(params, copies, strict=True):
+        if c is not None:
+            c.copy_(w)
+    if found_inf is not None:
+        skip = found_inf != 0
+        for now, old in zip(written, before, strict=True):
+            torch.where(skip, old, now, out=now)
 
 
 def _scaled_gradients(
-    params: list[Tensor], grads: list[Tensor], weight_decay: float, trust: float, variant: Variant, eps: float
+    params: list[Tensor],
+    grads: list[Tensor],
+    decays: list[float],
+    trust: float,
+    variant: Variant,
+    eps: float,
 ) -> list[Tensor]:
     """The decayed gradients times their trust ratios, as new tensors."""
-    decayed = list(torch._foreach_add(grads, params, alpha=weight_decay))
-    w_K = torch.stack(torch._foreach_norm(params))
+    decayed = _decayed(grads, params, decays)
+    w_norms = torch._foreach_norm(params)
+    w_K = torch.stack(w_norms)
     if variant == "google":
         g_K = torch.stack(torch._foreach_norm(decayed))
         ratio_K = torch.where((w_K > 0) & (g_K > 0), trust * w_K / g_K, 1)
     else:
         g_K = torch.stack(torch._foreach_norm(grads))
-        ratio_K = torch.where(w_K > 0, trust * w_K / (g_K + weight_decay * w_K + eps), 1)
+        decay_w_K = torch.stack(torch._foreach_mul(w_norms, decays))
+        ratio_K = torch.where(w_K > 0, trust * w_K / (g_K + decay_w_K + eps), 1)
         # lightly leaves a zero gradient undecayed, so that its update is zero.
         ratio_K = torch.where(g_K > 0, ratio_K, 0)
     torch._foreach_mul_(decayed, ratio_K.unbind())
     return decayed
+
+
+def _decayed(grads: list[Tensor], params: list[Tensor], decays: list[float]) -> list[Tensor]:
+    """g + decay w, as new tensors."""
+    if len(set(decays)) == 1:
+        return list(torch._foreach_add(grads, params, alpha=decays[0]))
+    return list(torch._foreach_add(grads, torch._foreach_mul(params, decays)))
+
+
+def _add_times(
+    tensors: list[Tensor], others: list[Tensor], lr: float | Tensor, lr_scale: Sequence[float], sign: float
+) -> None:
+    """Adds sign times each other times its learning rate, in place."""
+    if isinstance(lr, Tensor):
+        scaled = torch._foreach_mul(others, lr)
+        torch._foreach_add_(tensors, torch._foreach_mul(scaled, [sign * scale for scale in lr_scale]))
+    elif len(set(lr_scale)) == 1:
+        torch._foreach_add_(tensors, others, alpha=sign * lr * lr_scale[0])
+    else:
+        torch._foreach_add_(tensors, torch._foreach_mul(others, [sign * lr * scale for scale in lr_scale]))
+
+
+def _at(values: Sequence[T], indices: list[int]) -> list[T]:
+    return [values[i] for i in indices]
+
+
+def _put(values: list[T], indices: list[int], new: list[T]) -> None:
+    for i, value in zip(indices, new, strict=True):
+        values[i] = value

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsimclr.kernels.views import reference
+from fastsimclr.kernels.backend import Backend
 from fastsimclr.kernels.views.inputs import Brightness, Images, Params, Semantics, Triple
+from fastsimclr.kernels.views.op import Look, Pixels, render
 
-__all__ = ["BACKENDS", "Images", "Params", "make_views"]
-
-BACKENDS = {"reference": reference.make_views}
+__all__ = ["Images", "Params", "make_views"]
 
 
 def make_views(
@@ -23,28 +22,22 @@ def make_views(
     mean: Triple | None = None,
     std: Triple | None = None,
     dtype: torch.dtype = torch.float32,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """The M views that `params` describes, [M, 3, size, size] in `dtype`, channels-last, on the images' device.
 
-    Values are in [0, 1], or (x - mean) / std where both are given. Arithmetic is float32 whatever `dtype` is.
-    semantics: "torchvision" or "tensorflow" (as google-research/simclr uses it). brightness: "multiply" or "add".
-    backend: "auto", or a key of BACKENDS. Raises ValueError for an unknown backend or keyword, mean without std, or
-    images and parameters on different devices.
+    Values are in [0, 1], or (x - mean) / std where both are given. Arithmetic is float32 whatever `dtype` is; where
+    that has 16 bits, views that are blurred or searched for edges pass through memory as float16 on the way.
+    size: 1 to 16383. semantics: "torchvision" or "tensorflow" (as google-research/simclr uses it). brightness:
+    "multiply" or "add". dtype: float32, float16, bfloat16, or float64, which the reference alone gives, of
+    float32 arithmetic. backend: "auto", "fused" or "reference".
+
+    A row whose source is no image, whose crop leaves its image or has no pixels, whose order is no permutation, or
+    whose factors, angle, sigma or noise are not finite: ValueError on the CPU; on another device, where that would have
+    to be waited for, the whole view is NaN. ValueError for what shapes, dtypes, devices and keywords show. No gradient.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not available for views; use auto or one of {sorted(BACKENDS)}")
-    if semantics not in ("torchvision", "tensorflow") or brightness not in ("multiply", "add"):
-        raise ValueError(
-            f"semantics={semantics!r}, brightness={brightness!r}: give torchvision or tensorflow, multiply or add"
-        )
-    if (mean is None) != (std is None):
-        raise ValueError(f"mean={mean} and std={std} go together; give both or neither")
-    if images.buffer.device != params.source.device:
-        raise ValueError(
-            f"images are on {images.buffer.device}, parameters on {params.source.device}; move one with .to(device)"
-        )
-    render = BACKENDS["reference" if backend == "auto" else backend]
-    return render(
-        images, params, size=size, semantics=semantics, brightness=brightness, mean=mean, std=std, dtype=dtype
+    pixels = Pixels(
+        buffer=images.buffer, offsets=images.offsets, heights=images.heights, widths=images.widths, ids=None
     )
+    look = Look(size=size, semantics=semantics, brightness=brightness, mean=mean, std=std, dtype=dtype)
+    return render(pixels, params, look, backend)

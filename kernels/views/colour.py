@@ -34,6 +34,7 @@ class Jitter:
     matrix: float32 [6, B, 3, 3]. offset: [6, B, 1, 1], added. contrast: [6, B, 1, 1], how much of the mean is added.
     saturation: [6, B, 1, 1], factor of HSV saturation (1 everywhere under torchvision semantics).
     low, high: [6, B, 1, 1], the clip, infinite where the slot is not used. turns: [B, 1], of the hue.
+    most: [B, 1, 1], 1 where the view is jittered, else infinite: the clip after the hue, which makes nothing negative.
     """
 
     matrix: Tensor
@@ -43,6 +44,7 @@ class Jitter:
     low: Tensor
     high: Tensor
     turns: Tensor
+    most: Tensor
 
     @classmethod
     def plan(cls, params: Params, semantics: Semantics, brightness: Brightness) -> Jitter:
@@ -74,6 +76,7 @@ class Jitter:
             low=column(-limit),
             high=column(limit + 1),
             turns=torch.where(params.jitter, params.factors[:, 3], zero)[:, None],
+            most=torch.where(params.jitter, one, torch.inf)[:, None, None],
         )
 
     def apply(self, x_BCP: Tensor, rows: slice, semantics: Semantics) -> Tensor:
@@ -81,6 +84,8 @@ class Jitter:
         for slot in range(6):
             if slot == 3:
                 x_BCP = shift_hue(x_BCP, self.turns[rows])
+                if semantics == "tensorflow":
+                    x_BCP.clamp_(max=self.most[rows]).clamp_(min=1 - self.most[rows])
             mean = x_BCP.mean(2, keepdim=True)
             if semantics == "torchvision":
                 mean = (mean * _grey_matrix(mean.device)[0, :, None]).sum(1, keepdim=True)

@@ -1,6 +1,7 @@
-"""Views in plain torch: crop, resize, rotate, flip, jitter, grey, blur, solarise, normalise, for a batch of any sizes.
+"""Views in plain torch, for a batch of images of any sizes. Device-agnostic, without a host sync.
 
-The order is that of SimCLR (arXiv 2002.05709, appendix A). Device-agnostic, without a host sync.
+Crop and resize, rotate, quarter turns, flip; jitter, grey, clip; blur, clip; sobel; noise, clip; solarise; normalise;
+cutout. Those of SimCLR in its order (arXiv 2002.05709, appendix A), the rest of its figure 5 where they make sense.
 """
 
 # M views, B views of a chunk, S side
@@ -13,9 +14,10 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from fastsimclr.kernels.views import colour
+from fastsimclr.kernels.views import colour, stencil
 from fastsimclr.kernels.views.inputs import Brightness, Images, Params, Semantics, Triple
-from fastsimclr.kernels.views.resample import axis_weights, gather_windows, resample, rotate
+from fastsimclr.kernels.views.noise import add_noise
+from fastsimclr.kernels.views.resample import axis_weights, gather_windows, quarter_turns, resample, rotate
 
 # Bytes of one temporary of a chunk: within the cache of a core, or small beside the memory of an accelerator.
 _CHUNK_BYTES = {"cpu": 1 << 20}
@@ -66,35 +68,44 @@ def make_views(
             if mean is not None and std is not None:
                 for channel in range(3):
                     x[:, channel].sub_(mean[channel]).div_(std[channel])
+            if "cutout" in params.ops:
+                x = stencil.cutout(x, params.cutout[rows])
             views[rows] = x
     return views
 
 
 def _cut(images: Images, params: Params, rows: slice, size: int, semantics: Semantics) -> Tensor:
-    """Crop, resize, rotate, flip: float32 [B, 3, S, S]."""
+    """Crop, resize, turn, flip: float32 [B, 3, S, S]."""
     source = params.source[rows]
     top, left, height, width = params.crop[rows].long().unbind(1)
     pitch = 3 * images.widths.index_select(0, source).long()
     first = images.offsets.index_select(0, source) + top * pitch + 3 * left
     tallest, widest = params.extent[rows].amax(dim=0).tolist()
     windows, shift = gather_windows(images.buffer, first, pitch, height, (tallest, widest))
-    grid = torch.arange(size, device=top.device).expand(len(source), size)
     flip = params.flip[rows]
-    across = torch.where(flip[:, None], size - 1 - grid, grid) if "flip" in params.ops else grid
-    x = resample(
-        windows,
-        axis_weights(semantics, height, 0, grid, size, tallest),
-        axis_weights(semantics, width, shift, across, size, widest),
-    )
+    if bool((params.extent[rows] == size).all()):  # cut to size already: resampling would be the identity
+        x = windows.view(-1, size, size, 3).permute(0, 3, 1, 2).float().div_(255)
+        x = torch.where(flip[:, None, None, None], x.flip(3), x) if "flip" in params.ops else x.contiguous()
+    else:
+        grid = torch.arange(size, device=top.device).expand(len(source), size)
+        across = torch.where(flip[:, None], size - 1 - grid, grid) if "flip" in params.ops else grid
+        x = resample(
+            windows,
+            axis_weights(semantics, height, 0, grid, size, tallest),
+            axis_weights(semantics, width, shift, across, size, widest),
+        )
+    # The flip is done already: turning first and then mirroring is mirroring and turning back.
     if "rotate" in params.ops:
-        # The flip is in the weights already: turning first and then mirroring is mirroring and turning back.
         angle = params.angle[rows]
         x = rotate(x, torch.where(flip, -angle, angle))
+    if "quarter" in params.ops:
+        quarter = params.quarter[rows]
+        x = quarter_turns(x, torch.where(flip, -quarter, quarter))
     return x
 
 
 def _colour(x: Tensor, params: Params, rows: slice, jitter: colour.Jitter | None, semantics: Semantics) -> Tensor:
-    """Jitter, grey, blur, solarise: float32 [B, 3, S, S] in [0, 1]."""
+    """Jitter, grey, blur, sobel, noise, solarise: float32 [B, 3, S, S] in [0, 1]."""
     shape = x.shape
     x = x.flatten(2)
     if jitter is not None:
@@ -104,6 +115,10 @@ def _colour(x: Tensor, params: Params, rows: slice, jitter: colour.Jitter | None
     x = x.clamp_(0, 1).view(shape)
     if "blur" in params.ops:
         x = colour.blur(x, params.sigma[rows], semantics).clamp_(0, 1)
+    if "sobel" in params.ops:
+        x = stencil.sobel(x, params.sobel[rows])
+    if "noise" in params.ops:
+        x = add_noise(x, params.noise[rows], params.noise_key[rows])
     if "solarise" in params.ops:
         x = colour.solarise(x, params.solarise[rows])
     return x

@@ -1,4 +1,4 @@
-"""Crop, resize and rotate: ragged windows are gathered, then resampled by one weight matrix for each axis of each view.
+"""Crop, resize and turn: ragged windows are gathered, then resampled by one weight matrix for each axis of each view.
 
 out[s, t] = sum_yx weights_y[s, y] window[y, x] weights_x[t, x]: separable, so two batched matrix products.
 """
@@ -99,3 +99,10 @@ def rotate(x_BCSS: Tensor, angle_B: Tensor) -> Tensor:
     theta = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
     grid = F.affine_grid(theta, list(x_BCSS.shape), align_corners=False)
     return F.grid_sample(x_BCSS, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def quarter_turns(x_BCSS: Tensor, turns_B: Tensor) -> Tensor:
+    """Views turned counter-clockwise by 90 degrees as often as turns_B (int32) says."""
+    twice, once = (turns_B & 2).bool()[:, None, None, None], (turns_B & 1).bool()[:, None, None, None]
+    x_BCSS = torch.where(twice, x_BCSS.flip((2, 3)), x_BCSS)
+    return torch.where(once, x_BCSS.rot90(1, (2, 3)), x_BCSS)

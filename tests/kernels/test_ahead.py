@@ -19,7 +19,7 @@ TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 @pytest.fixture(scope="module", params=ahead.FUSED)
 def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """What each kernel of a package needs on each architecture; a process of its own, as this one interprets kernels."""
+    """What each kernel of a package needs on each architecture; in a process that does not interpret kernels."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "fastsimclr.kernels.ahead", "--json", request.param]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

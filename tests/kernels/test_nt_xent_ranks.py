@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsimclr.kernels.gather import all_gather_rows, gather
-from fastsimclr.kernels.nt_xent import nt_xent
+from fastsimclr.kernels.nt_xent import nt_xent, reference
 from fastsimclr.ranks import Ranks
 from tests.exchanges import Exchanges
 
@@ -128,12 +128,12 @@ def test_gather_in_the_order_of_the_ranks_with_the_gradient_of_all(ranks_pool: P
 
 
 def collectives(ranks: Ranks) -> tuple[list[str], list[str]]:
-    x = projections(8)[own_rows(ranks, 8)].requires_grad_()
-    nt_xent(x, 0.5, group=ranks.group)  # compares the shapes
+    """Of the operators' bodies: a dispatch mode does not see what runs inside a custom operator."""
+    x = projections(8)[own_rows(ranks, 8)]
     with Exchanges() as forward:
-        loss = nt_xent(x, 0.5, group=ranks.group).loss
+        loss, _, _, state = reference.forward(x, 0.5, None, None, 1.0, 0, ranks.group)
     with Exchanges() as backward:
-        loss.backward()  # type: ignore[no-untyped-call]
+        reference.backward(torch.ones_like(loss), state, 0.5, 1.0, 0, ranks.rank * len(x), x.dtype)
     return forward.names, backward.names
 
 

@@ -6,20 +6,20 @@ import dataclasses
 import itertools
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from fastsimclr.kernels.views import make_views
+from fastsimclr.bench.view_errors import torchvision_view
+from fastsimclr.kernels.views import make_views, reference
 from fastsimclr.loaders.batch import Ragged
 from fastsimclr.loaders.draw import Policy, ViewParams, crop_flip, draw, evaluation, simclr
 
 # float32 on both sides, some twenty roundings of values in [0, 1]; hue divides by small chroma and is clipped.
 TOLERANCE = 1e-5
 SIDES = [(40, 50), (33, 90), (120, 24), (7, 5), (64, 64)]
+EXTRAS: dict[str, Any] = dict(rotate90=0.5, sobel=0.5, noise=0.5, cutout=0.5)
 
 
 def ragged(sides: list[tuple[int, int]], seed: int = 0, gap: int = 0) -> tuple[Ragged, Tensor]:
@@ -42,32 +42,15 @@ def drawn(policy: Policy, sizes: Tensor, views: int = 2, **changes: Any) -> View
     return dataclasses.replace(draw(policy, 11, torch.zeros(n), torch.arange(n), views, sizes), **changes)
 
 
-def torchvision_view(images: Ragged, params: ViewParams, row: int, policy: Policy) -> Tensor:
-    """One view by torchvision's own functions."""
-    size = policy.size
-    x = images.image(int(params.source[row])).permute(2, 0, 1).float() / 255
-    x = F.resized_crop(x, *params.crop[row].tolist(), [size, size], InterpolationMode.BILINEAR, antialias=True)
-    if policy.rotate:
-        x = F.rotate(x, float(params.angle[row]) * 180 / np.pi, InterpolationMode.BILINEAR)
-    if params.flip[row]:
-        x = F.horizontal_flip(x)
-    if params.jitter[row]:
-        ops = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
-        for op in params.order[row].tolist():
-            x = ops[op](x, float(params.factors[row, op]))
-    if params.grey[row]:
-        x = F.rgb_to_grayscale(x, num_output_channels=3)
-    if params.sigma[row] > 0 and size >= 20:
-        x = F.gaussian_blur(x, [2 * int(size // 10 / 2) + 1] * 2, [float(params.sigma[row])] * 2)
-    if params.solarise[row]:
-        x = F.solarize(x, 0.5)
-    mean, std = policy.rendering["mean"], policy.rendering["std"]
-    return x if mean is None or std is None else F.normalize(x, list(mean), list(std))
+def expected_views(images: Ragged, params: ViewParams, policy: Policy) -> Tensor:
+    """The views by torchvision's own functions, one at a time."""
+    sources = [images.image(row) for row in params.source.tolist()]
+    return torch.stack([torchvision_view(image, params, row, policy) for row, image in enumerate(sources)])
 
 
 def check(images: Ragged, params: ViewParams, policy: Policy, tolerance: float = TOLERANCE) -> None:
     views = make_views(images, params, **policy.rendering)
-    expected = torch.stack([torchvision_view(images, params, row, policy) for row in range(len(params))])
+    expected = expected_views(images, params, policy)
     torch.testing.assert_close(views, expected, rtol=0, atol=tolerance)
 
 
@@ -112,7 +95,7 @@ def test_grey_and_solarise(policy: Policy) -> None:
     images, sizes = ragged(SIDES)
     params = drawn(policy, sizes, 4)
     views = make_views(images, params, **policy.rendering)
-    expected = torch.stack([torchvision_view(images, params, row, policy) for row in range(len(params))])
+    expected = expected_views(images, params, policy)
     # A value within a rounding of one half may fall on either side of the threshold.
     near = ((views - 0.5).abs() < TOLERANCE) | ((expected - 0.5).abs() < TOLERANCE)
     assert ((views - expected).abs() <= TOLERANCE).logical_or(near).all()
@@ -222,9 +205,11 @@ def test_ops_left_out_by_the_policy_change_nothing() -> None:
 def test_nothing_waits_for_the_device(semantics: Any) -> None:
     """On the meta device there are no values to read: a sync or a shape that depends on the data would raise."""
     images, sizes = ragged(SIDES)
-    policy = dataclasses.replace(simclr(48, semantics), rotate=10.0, solarise=0.2)
+    policy = dataclasses.replace(simclr(48, semantics), rotate=10.0, solarise=0.2, **EXTRAS)
     meta = torch.device("meta")
-    views = make_views(images.to(meta), drawn(policy, sizes).to(meta), **policy.rendering, dtype=torch.float16)
+    # The reference itself: through make_views the meta device would meet the operator's stand-in alone.
+    params = drawn(policy, sizes).to(meta)
+    views = reference.make_views(images.to(meta), params, **policy.rendering, dtype=torch.float16)
     assert views.shape == (10, 3, 48, 48) and views.device == meta
 
 
@@ -237,8 +222,8 @@ def test_no_views_of_no_images() -> None:
 def test_bad_arguments_are_refused() -> None:
     images, sizes = ragged(SIDES)
     params = drawn(simclr(32), sizes)
-    with pytest.raises(ValueError, match=r"fused.*reference"):
-        make_views(images, params, size=32, backend="fused")
+    with pytest.raises(ValueError, match="backend='eager' is not available for views"):
+        make_views(images, params, size=32, backend="eager")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="both or neither"):
         make_views(images, params, size=32, mean=(0.5, 0.5, 0.5))
     with pytest.raises(ValueError, match="semantics='jax'"):

@@ -61,7 +61,7 @@ def slot_of(op: int, factor: float, brightness: str = "multiply") -> colour.Jitt
     params = one_view(images, policy, order=order, factors=factors)
     plan = colour.Jitter.plan(params, "tensorflow", brightness)  # type: ignore[arg-type]
     inf = torch.full_like(plan.low, math.inf)
-    return dataclasses.replace(plan, low=-inf, high=inf)
+    return dataclasses.replace(plan, low=-inf, high=inf, most=torch.full_like(plan.most, math.inf))
 
 
 @pytest.mark.parametrize(

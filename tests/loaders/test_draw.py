@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -19,7 +20,17 @@ from fastsimclr.loaders.philox import philox4x32, uniform
 DRAWS = 4000
 # Fixed seeds: a test either always passes or never does; .001 is the chance that a right sampler was unlucky here.
 P_LEAST = 0.001
-COLUMNS = ("source", "crop", "angle", "flip", "jitter", "factors", "order", "grey", "sigma", "solarise")
+COLUMNS = tuple(f.name for f in dataclasses.fields(ViewParams) if f.name not in ("extent", "ops"))
+EXTRAS = dict(rotate90=0.6, sobel=0.5, noise=0.5, cutout=0.5)
+
+# What draw(simclr(224), 42, epochs, ids, 2, sizes) gave in version 0.1.0, in the test that uses them.
+GOLDEN_CROPS = [
+    [56, 113, 191, 178], [174, 93, 164, 148], [10, 0, 14, 15], [35, 176, 253, 202], [33, 5, 263, 207], [10, 18, 12, 11],
+]  # fmt: skip
+GOLDEN_FLIPS = [False, True, False, True, False, True]
+GOLDEN_ORDERS = [[1, 0, 3, 2], [3, 0, 2, 1], [1, 3, 2, 0], [3, 2, 0, 1], [0, 1, 3, 2], [2, 0, 3, 1]]
+GOLDEN_FACTORS = [1.642277, 1.1120776, 1.6218002, -0.19396973]
+GOLDEN_SIGMAS = [0.95500451, 0, 0, 0, 0, 0]
 
 
 def params_of(policy: Policy, height: int = 300, width: int = 400, n: int = DRAWS, seed: int = 3) -> ViewParams:
@@ -63,7 +74,7 @@ def test_uniform_lies_strictly_between_zero_and_one() -> None:
 def test_a_view_depends_on_seed_epoch_id_view_and_size_alone(semantics: str) -> None:
     generator = torch.Generator().manual_seed(0)
     n, views = 40, 3
-    policy = dataclasses.replace(simclr(224, semantics), rotate=10.0, solarise=0.3)  # type: ignore[arg-type]
+    policy = dataclasses.replace(simclr(224, semantics), rotate=10.0, solarise=0.3, **EXTRAS)  # type: ignore[arg-type]
     ids = torch.randint(0, 2**40, (n,), generator=generator)
     epochs = torch.randint(0, 3, (n,), generator=generator)
     sizes = torch.randint(1, 500, (n, 2), generator=generator, dtype=torch.int32)
@@ -205,6 +216,92 @@ def test_chances_are_those_of_the_policy_and_independent() -> None:
     assert correlation.abs().max() < 4.5 / math.sqrt(20000)
 
 
+def test_the_draws_of_simclr_are_what_they_were() -> None:
+    """Recorded before the extras came: whoever resumes a run or repeats a result gets the same views."""
+    sizes = torch.tensor([[300, 400], [375, 500], [32, 32]], dtype=torch.int32)
+    ids, epochs = torch.tensor([0, 4711, 2**33]), torch.tensor([0, 7, 799])
+    params = draw(simclr(224), 42, epochs, ids, 2, sizes)
+    assert params.crop.tolist() == GOLDEN_CROPS
+    assert params.flip.tolist() == GOLDEN_FLIPS
+    assert params.order.tolist() == GOLDEN_ORDERS
+    assert params.factors[1].tolist() == pytest.approx(GOLDEN_FACTORS, rel=1e-6)
+    assert params.sigma.tolist() == pytest.approx(GOLDEN_SIGMAS, rel=1e-6)
+    every = draw(dataclasses.replace(simclr(224), **EXTRAS), 42, epochs, ids, 2, sizes)  # type: ignore[arg-type]
+    for column in COLUMNS:
+        if column not in ("quarter", "sobel", "noise", "noise_key", "cutout"):
+            assert torch.equal(getattr(every, column), getattr(params, column)), column
+        else:
+            assert not getattr(params, column).any(), column
+
+
+def test_extras_follow_the_policy() -> None:
+    chances = {"rotate90": 0.6, "sobel": 0.3, "noise": 0.4, "cutout": 0.7}
+    policy = Policy(size=32, noise_sigma=(0.05, 0.3), **chances)  # type: ignore[arg-type]
+    params, n = params_of(policy, n=20000), 20000
+    chosen = {"rotate90": params.quarter > 0, "sobel": params.sobel, "noise": params.noise > 0}
+    chosen["cutout"] = params.cutout.any(1)
+    for name, chance in chances.items():
+        assert stats.binomtest(int(chosen[name].sum()), n, chance).pvalue > P_LEAST
+    assert params.quarter.unique().tolist() == [0, 1, 2, 3]
+    assert stats.chisquare(params.quarter.bincount()[1:].numpy()).pvalue > P_LEAST
+    same_law(params.noise[chosen["noise"]], np.random.default_rng(0).uniform(0.05, 0.3, n))
+    fills(params.noise[chosen["noise"]].double(), 0.05, 0.3 + 1e-7)
+    keys = params.noise_key[chosen["noise"]]
+    same_law(keys.double(), np.random.default_rng(0).uniform(-(2**31), 2**31, n))
+    assert len(keys.unique()) > len(keys) - 3 and not params.noise_key[~chosen["noise"]].any()
+    for bit in range(32):
+        assert stats.binomtest(int(((keys >> bit) & 1).sum()), len(keys), 0.5).pvalue > P_LEAST / 32
+    numbers = [column.double() for column in (*chosen.values(), params.flip, params.jitter, params.grey)]
+    correlation = torch.corrcoef(torch.stack(numbers)) - torch.eye(len(numbers))
+    assert correlation.abs().max() < 4.5 / math.sqrt(n)
+
+
+def paper_cutout(side: int, length: int, generator: np.random.Generator) -> tuple[int, int, int, int]:
+    """The square of cutout's authors (util/cutout.py): its centre anywhere, cut at the borders."""
+    y, x = generator.integers(side), generator.integers(side)
+    y1, y2 = np.clip((y - length // 2, y + length // 2), 0, side)
+    x1, x2 = np.clip((x - length // 2, x + length // 2), 0, side)
+    return y1, x1, y2 - y1, x2 - x1
+
+
+def test_cutout_is_its_authors_square() -> None:
+    boxes = params_of(Policy(size=32, cutout=1.0)).cutout
+    generator = np.random.default_rng(0)
+    theirs = np.array([paper_cutout(32, 16, generator) for _ in range(DRAWS)])
+    for column in range(4):
+        same_law(boxes[:, column], theirs[:, column])
+    same_law(boxes[:, 2] * boxes[:, 3], theirs[:, 2] * theirs[:, 3])
+    assert boxes[:, 2].min() == 8 and boxes[:, 2].max() == 16 and boxes[:, 0].max() == 23
+
+
+@pytest.mark.parametrize(("size", "part"), [(1, 0.5), (2, 0.1), (7, 0.4), (33, 1.0), (224, 0.25)])
+def test_cutout_lies_inside_views_of_any_size(size: int, part: float) -> None:
+    top, left, height, width = params_of(Policy(size=size, cutout=1.0, cutout_side=part)).cutout.unbind(1)
+    side = max(1, round(part * size))
+    assert (top >= 0).all() and (left >= 0).all() and (top + height <= size).all() and (left + width <= size).all()
+    for length in (height, width):
+        # A centre on the border leaves half of the square.
+        assert length.min() >= side // 2 and length.min() >= 1 and length.max() <= side
+
+
+def test_extras_ask_for_no_numbers_that_nobody_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of four random numbers a view: three for SimCLR and its first crop try, one for each extra op."""
+    blocks: list[int] = []
+
+    def counted(counter: np.ndarray, key: object) -> np.ndarray:
+        blocks.extend(np.unique(counter[..., 3]).tolist())
+        return philox4x32(counter, key)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sys.modules[draw.__module__], "philox4x32", counted)
+    plain = dataclasses.replace(simclr(224), crop="centre")
+    params_of(plain, n=5)
+    assert blocks == [0, 1, 2]
+    for extra, block in (("rotate90", 3), ("sobel", 4), ("noise", 5), ("cutout", 6)):
+        blocks.clear()
+        params_of(dataclasses.replace(plain, **{extra: 0.5}), n=5)  # type: ignore[arg-type]
+        assert blocks == [0, 1, 2, block]
+
+
 def test_evaluation_crops() -> None:
     """Google: rint(.875 * shorter side), margins rounded up; torchvision: margins rounded to even; small: the whole."""
     assert params_of(evaluation(224, "tensorflow"), 96, 129, 1).crop.tolist() == [[6, 23, 84, 84]]
@@ -214,13 +311,33 @@ def test_evaluation_crops() -> None:
 
 
 def test_params_survive_the_move_to_a_device() -> None:
-    """The packing, through the one device that every machine has: a copy that calls itself the meta device."""
-    params = params_of(dataclasses.replace(simclr(32), rotate=5.0, solarise=0.5), n=7)
+    """Shapes and types, through the one other device that every machine has; it holds no values."""
+    params = params_of(dataclasses.replace(simclr(32), rotate=5.0, solarise=0.5, **EXTRAS), n=7)  # type: ignore[arg-type]
     moved = params.to(torch.device("meta"))
     for column in COLUMNS:
         ours, theirs = getattr(params, column), getattr(moved, column)
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype) and theirs.device.type == "meta"
+    assert moved.extent is params.extent and moved.ops == params.ops
     assert params.to(torch.device("cpu")) is params
+
+
+@pytest.mark.parametrize("n", [1, 7])
+def test_the_one_copy_keeps_every_value(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A "device" whose copies stay on the CPU: packing and unpacking run as for a GPU, and the values can be read."""
+    params = params_of(dataclasses.replace(simclr(32), rotate=5.0, solarise=0.5, **EXTRAS), n=n)  # type: ignore[arg-type]
+    copies = []
+
+    def to(tensor: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        copies.append(tensor)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    moved = params.to(torch.device("meta"))
+    monkeypatch.undo()
+    assert len(copies) == 1
+    for column in COLUMNS:
+        assert torch.equal(getattr(moved, column), getattr(params, column)), column
+        assert getattr(moved, column).dtype == getattr(params, column).dtype
 
 
 @pytest.mark.parametrize(
@@ -233,6 +350,12 @@ def test_params_survive_the_move_to_a_device() -> None:
         ({"size": 0}, "size=0"),
         ({"strength": 3.0}, "strength=3.0"),
         ({"centre_fraction": 0.0}, "centre_fraction=0.0"),
+        ({"cutout_side": 1.5}, "cutout_side=1.5 is not within (0, 1]; .5 is usual"),
+        ({"rotate90": -0.1}, "rotate90=-0.1 is not a probability"),
+        ({"sobel": math.nan}, "sobel=nan is not a probability"),
+        ({"noise": 2.0}, "noise=2.0 is not a probability"),
+        ({"cutout": 1.01}, "cutout=1.01 is not a probability"),
+        ({"noise_sigma": (0.0, 0.1)}, "noise_sigma=(0.0, 0.1) is not a range"),
     ],
 )
 def test_bad_policies_are_refused(change: dict[str, object], words: str) -> None:

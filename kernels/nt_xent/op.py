@@ -1,0 +1,194 @@
+"""NT-Xent as two torch.library operators, forward and backward, that torch.compile and autocast take as they are."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+
+from fastsimclr.kernels.gather import gather
+from fastsimclr.kernels.nt_xent import reference
+from fastsimclr.kernels.nt_xent.state import State
+
+
+def _implementation(name: str) -> ModuleType:
+    if name == "reference":
+        return reference
+    from fastsimclr.kernels.nt_xent import fused  # triton may be absent
+
+    return fused
+
+
+def _group(name: str) -> dist.ProcessGroup | None:
+    return _resolve_process_group(name) if name else None  # type: ignore[arg-type]
+
+
+@torch.library.custom_op("fastsimclr::nt_xent", mutates_args=())
+def nt_xent_op(
+    x: Tensor,
+    temperature: float,
+    temperature_tensor: Tensor | None,
+    weights: Tensor | None,
+    bank: Tensor | None,
+    factor: float,
+    block_rows: int,
+    implementation: str,
+    group: str,
+    world: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, top1, top5 and the six tensors of State. temperature counts where temperature_tensor is None.
+
+    factor: on the loss. block_rows: 0 chooses. group: its name, "" for one process. world: its number of ranks.
+    Raises ValueError where a tensor's values, looked at on a CPU only, or the ranks' shapes are wrong.
+    """
+    ranks = _group(group)
+    for tensor, name, rule in (
+        (temperature_tensor, "temperature", "above 0"),
+        (weights, "weights", "0 or more"),
+    ):
+        if tensor is not None and tensor.device.type == "cpu":
+            good = tensor >= 0 if name == "weights" else tensor > 0
+            if not bool(good.all()):
+                bad = tensor.flatten()[~good.flatten()][0].item()
+                raise ValueError(f"{name} holds {bad}, which is not {rule}; on a GPU, where nobody looks, it gives NaN")
+    if ranks is not None:
+        _check_ranks(x, ranks)
+    if weights is not None and len(weights) < len(x):
+        weights = weights.repeat(2)
+    t = temperature if temperature_tensor is None else temperature_tensor
+    run = _implementation(implementation).forward
+    loss, top1, top5, state = run(x, t, weights, bank, factor, block_rows, ranks)
+    return loss, top1, top5, *state
+
+
+@nt_xent_op.register_fake
+def _(
+    x: Tensor,
+    temperature: float,
+    temperature_tensor: Tensor | None,
+    weights: Tensor | None,
+    bank: Tensor | None,
+    factor: float,
+    block_rows: int,
+    implementation: str,
+    group: str,
+    world: int,
+) -> tuple[Tensor, ...]:
+    rows, images = x.shape[0] * world, x.shape[0]
+    bank_rows = 0 if bank is None else bank.shape[0]
+    single = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if implementation == "reference":
+        z, columns = x.new_empty(rows + bank_rows, x.shape[1], dtype=single), rows
+    else:
+        from fastsimclr.kernels.nt_xent.layout import packed
+
+        columns, width = packed(rows, bank_rows, x.shape[1])
+        z = x.new_empty(columns, width, dtype=torch.float16)
+
+    def new(*shape: Any, dtype: torch.dtype = single) -> Tensor:
+        return x.new_empty(shape, dtype=dtype)
+
+    accuracy = (new(dtype=torch.float32), new(dtype=torch.float32))
+    return new(), *accuracy, z, new(images), new(columns), new(images), new(), new()
+
+
+@torch.library.custom_op("fastsimclr::nt_xent_backward", mutates_args=())
+def nt_xent_backward_op(
+    upstream: Tensor,
+    z: Tensor,
+    inverse: Tensor,
+    column: Tensor,
+    pull: Tensor,
+    largest: Tensor,
+    slope: Tensor,
+    temperature: float,
+    temperature_tensor: Tensor | None,
+    dim: int,
+    bank_rows: int,
+    factor: float,
+    block_rows: int,
+    implementation: str,
+    group: str,
+    world: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """dx [2N, D] of `dtype`, and dL/dt, 0 where the temperature is a number; arguments as nt_xent_op's and State's."""
+    ranks = _group(group)
+    first = 0 if ranks is None else dist.get_rank(ranks) * len(inverse)
+    t = temperature if temperature_tensor is None else temperature_tensor
+    state = State(z, inverse, column, pull, largest, slope)
+    run = _implementation(implementation).backward
+    if implementation == "reference":
+        dx, dt = run(upstream, state, t, factor, block_rows, first, dtype)
+    else:
+        dx, dt = run(upstream, state, t, factor, first, dtype, world, dim, bank_rows)
+    return dx, dt
+
+
+@nt_xent_backward_op.register_fake
+def _(
+    upstream: Tensor,
+    z: Tensor,
+    inverse: Tensor,
+    column: Tensor,
+    pull: Tensor,
+    largest: Tensor,
+    slope: Tensor,
+    temperature: float,
+    temperature_tensor: Tensor | None,
+    dim: int,
+    bank_rows: int,
+    factor: float,
+    block_rows: int,
+    implementation: str,
+    group: str,
+    world: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    return inverse.new_empty(inverse.shape[0], dim, dtype=dtype), inverse.new_empty(())
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, temperature, temperature_tensor, _, bank, factor, block_rows, implementation, group, world = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[3:], temperature_tensor)
+    ctx.sizes = x.shape[1], 0 if bank is None else bank.shape[0]
+    ctx.options = temperature, factor, block_rows, implementation, group, world
+    ctx.dtype = x.dtype
+
+
+def _gradient(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 10
+    *state, heat = ctx.saved_tensors
+    temperature, *rest = ctx.options
+    dx, dt = nt_xent_backward_op(upstream, *state, temperature, heat, *ctx.sizes, *rest, ctx.dtype)
+    return (dx, None, None if heat is None else dt.to(heat.dtype), *(None,) * 7)
+
+
+nt_xent_op.register_autograd(_gradient, setup_context=_remember)
+
+
+_agreed: dict[dist.ProcessGroup, tuple[int, ...]] = {}
+
+
+def _check_ranks(x: Tensor, group: dist.ProcessGroup) -> None:
+    """Compare the ranks' shapes, once and whenever this rank's changes: to read them waits for the device."""
+    width = 8 if x.dtype == torch.float64 else 4  # half precision is worked on in float32
+    shape = (*x.shape, width)
+    if _agreed.get(group) == shape:
+        return
+    _agreed.clear()  # of groups that are gone, too
+    for rank, other in enumerate(gather(torch.tensor(shape, device=x.device), group).tolist()):
+        if tuple(other) != shape:
+            mine = dist.get_rank(group)
+            raise ValueError(
+                f"rank {mine} has projections of shape {list(shape[:2])} and {shape[2]} bytes a value, rank {rank} of"
+                f" {other[:2]} and {other[2]}; give every rank the same number of images, and the same network"
+            )
+    _agreed[group] = shape

@@ -1,0 +1,22 @@
+"""What NT-Xent's forward leaves to its backward, whatever the implementation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class State(NamedTuple):
+    """z: rows of all ranks, then the bank, normalised; fused: fp16 [R, P], padded with zeros in both directions.
+
+    inverse [M]: 1 / |x| of the own rows. column: per column the reference's lse_j [A], or the fused w_j A_j or l_j [R].
+    pull [M]: w_i q_i. largest: the largest w_i q_i of all ranks, and slope: dL/dt; scalars, fused only.
+    """
+
+    z: Tensor
+    inverse: Tensor
+    column: Tensor
+    pull: Tensor
+    largest: Tensor
+    slope: Tensor
