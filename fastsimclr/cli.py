@@ -18,6 +18,7 @@ import fastsimclr
 from fastsimclr import stages
 from fastsimclr.checkpoint import write_text
 from fastsimclr.launch import Launch, launched
+from fastsimclr.loaders.data import LoaderName
 from fastsimclr.models.resnet import Arch
 from fastsimclr.recipe import Recipe, add_recipe_arguments, check_sections, parse_recipe, recipe_from, recipe_keys
 from fastsimclr.stopping import Stopped
@@ -42,9 +43,11 @@ _COMMANDS = {
     "export": "The weights of a run for torchvision, as safetensors or as ONNX.",
     "embed": "Features of a folder of images, to .npy or Parquet.",
     "predict": "Classes of a folder of images, to CSV.",
+    "pack": "Any data set as one .beton file, which is read fastest.",
+    "inspect": "What a .beton file holds; a contact sheet; a check of every image.",
     "bench": "Measure loader, step or training beside a baseline; compare two reports.",
 }
-_TOOLS = ("import-tf", "export", "embed", "predict", "bench")  # without a recipe, and in one process
+_TOOLS = ("import-tf", "export", "embed", "predict", "pack", "inspect", "bench")  # without a recipe, and in one process
 
 
 class _Parser(ArgumentParser):
@@ -94,6 +97,10 @@ def _tool(name: str) -> tuple[Callable[[ArgumentParser], None], Callable[[Namesp
         from fastsimclr.bench.command import add_benches, run_bench
 
         return lambda parser: add_benches(parser, _Parser), run_bench
+    if name in ("pack", "inspect"):
+        from fastsimclr.packing.command import add_packing, run_packing
+
+        return partial(add_packing, name), partial(run_packing, name)
     if name == "import-tf":
         from fastsimclr.stages.imported import add_import_arguments, run_import
 
@@ -128,6 +135,7 @@ def _stage_parser(name: str, summary: str) -> ArgumentParser:
             default="never",
             help="auto: go on from the newest checkpoint of the run folder, if there is one.",
         )
+    parser.add_argument("--loader", type=LoaderName, help="How images are read, short for --data.loader.")
     parser.add_argument("--traceback", action="store_true", help="Show Python's traceback with an error.")
     add_recipe_arguments(parser)
     return parser
@@ -185,10 +193,12 @@ _SPLIT = ("--config", "--from", "--teacher", "--smoke", "--resume")
 
 
 def _plain(words: Sequence[str]) -> list[str]:
-    """--config=NAME and its like as two words, and a bare --smoke with its value."""
+    """--config=NAME and its like as two words, --loader in full, and a bare --smoke with its value."""
     plain: list[str] = []
     for word in words:
         key, equals, value = word.partition("=")
+        if key == "--loader" and words[0] not in _TOOLS:
+            key, word = "--data.loader", f"--data.loader{equals}{value}"
         plain += [key, value] if equals and key in _SPLIT else [word]
     for i in reversed([i for i, word in enumerate(plain) if word == "--smoke"]):
         if plain[i + 1 : i + 2] not in (["true"], ["false"]):

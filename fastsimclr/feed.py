@@ -6,13 +6,13 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from fastsimclr.kernels.views import make_views
-from fastsimclr.loaders import Batch, Policy, Ragged, ViewParams, draw
+from fastsimclr.loaders import Batch, Loader, Policy, Ragged, ViewParams, draw
 from fastsimclr.runtime import Runtime
 
 _AHEAD = 2  # batches drawn and shipped ahead; each holds its images on the device
@@ -27,6 +27,23 @@ class Shipment:
     params: ViewParams
     labels: Tensor
     ids: Tensor
+    shipped: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Order the work of the current stream behind the copies, which another stream makes; the host does not wait.
+
+        The memory is then not given to other tensors before the current stream's work with it is done.
+        """
+        if self.shipped is None:
+            return
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self.shipped)
+        for part in (self.images, self.params):
+            for field in fields(part):
+                value = getattr(part, field.name)
+                if isinstance(value, Tensor) and value.is_cuda:
+                    value.record_stream(stream)
+        self.labels.record_stream(stream)
 
     def views(self, policy: Policy, dtype: torch.dtype) -> Tensor:
         """The views, [V·N, 3, S, S], channels-last."""
@@ -34,8 +51,8 @@ class Shipment:
 
 
 def ship(batch: Batch, policy: Policy, seed: int, views: int, device: torch.device) -> Shipment:
-    """Draw the parameters of a batch's views and move everything to the device."""
-    params = draw(policy, seed, batch.epochs, batch.ids, views, batch.sizes)
+    """Draw the parameters of a batch's views, if its loader has not, and move everything to the device."""
+    params = batch.params or draw(policy, seed, batch.epochs, batch.ids, views, batch.sizes)
     return Shipment(
         images=batch.images.to(device, non_blocking=True),
         params=params.to(device, non_blocking=True),
@@ -54,6 +71,8 @@ class Feed:
         self.waited_s = 0.0
         self._queue: queue.Queue[object] = queue.Queue(maxsize=_AHEAD)
         self._closed = threading.Event()
+        if isinstance(batches, Loader) and (batches.always_cuts or runtime.device.type == "cpu"):
+            batches.cut(policy, seed, views)
         self._thread = threading.Thread(
             target=self._run, args=(batches, policy, seed, views, runtime.device), name="feed", daemon=True
         )
@@ -63,8 +82,14 @@ class Feed:
         try:
             if device.type == "cuda":
                 torch.cuda.set_device(device)  # the current device is each thread's own
+            # Copies on a stream of their own run beside the step's kernels; None where there are no streams.
+            side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
             for batch in batches:
-                if not self._put(ship(batch, policy, seed, views, device)):
+                with torch.cuda.stream(side):
+                    shipment = ship(batch, policy, seed, views, device)
+                    if side is not None:
+                        shipment = replace(shipment, shipped=side.record_event())
+                if not self._put(shipment):
                     return
             self._put(_END)
         except BaseException as error:  # handed to the consumer, whatever it is
@@ -91,6 +116,7 @@ class Feed:
         if item is _END:
             raise StopIteration
         assert isinstance(item, Shipment)
+        item.wait()
         return item
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from fastsimclr.loaders.batch import Batch, Ragged
 from fastsimclr.loaders.data import DataConfig, Splits, label_subset, open_data
 from fastsimclr.loaders.draw import Policy, ViewParams, draw
 from fastsimclr.loaders.faults import too_many_damaged
-from fastsimclr.loaders.native import EvalLoader, Loader, TrainLoader
+from fastsimclr.loaders.loader import EvalLoader, Loader, TrainLoader, backend_name
 from fastsimclr.loaders.order import Order, epoch_order, rank_positions, steps_per_run
 from fastsimclr.loaders.resident import Resident, free_bytes, hold, thread_count
 from fastsimclr.loaders.sets import ArraySource, FileSource, Relabelled, Subset
@@ -32,6 +32,7 @@ __all__ = [
     "Subset",
     "TrainLoader",
     "ViewParams",
+    "backend_name",
     "draw",
     "epoch_order",
     "free_bytes",

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastsimclr.loaders.draw import ViewParams
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ragged:
@@ -43,6 +45,15 @@ class Ragged:
         start, height, width = int(self.offsets[index]), int(self.heights[index]), int(self.widths[index])
         return self.buffer[start : start + 3 * height * width].view(height, width, 3)
 
+    def pinned(self) -> Ragged:
+        """The same images in pinned memory, for copies to a GPU that do not wait."""
+        return Ragged(
+            buffer=self.buffer if self.buffer.is_pinned() else self.buffer.pin_memory(),
+            offsets=self.offsets.pin_memory(),
+            heights=self.heights.pin_memory(),
+            widths=self.widths.pin_memory(),
+        )
+
     def to(self, device: torch.device, non_blocking: bool = False) -> Ragged:
         """The same images on `device`."""
         return Ragged(
@@ -59,6 +70,7 @@ class Batch:
 
     ids: int64 [N], the sample's position in its source; with `epochs` (int64 [N]) it fixes the draws of its views.
     labels: int64 [N], -1 where there is none. sizes: int32 [N, 2], height and width in pixels.
+    params: where the loader has cut the crops itself, the parameters of the V·N views; images then has those V·N crops.
     """
 
     images: Ragged
@@ -66,6 +78,7 @@ class Batch:
     epochs: Tensor
     labels: Tensor
     sizes: Tensor
+    params: ViewParams | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]

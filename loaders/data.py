@@ -9,29 +9,39 @@ from typing import Literal
 
 import numpy as np
 
+from fastsimclr.loaders.cache import GIB, ShardCache, default_cache
 from fastsimclr.loaders.decode import MAX_PIXELS
 from fastsimclr.loaders.folder import open_folder
+from fastsimclr.loaders.packed import open_packed
 from fastsimclr.loaders.sets import ArraySource, Subset, SyntheticSource, digits, torchvision_set
+from fastsimclr.loaders.shard_index import label_member
+from fastsimclr.loaders.shards import open_shard_splits
 from fastsimclr.loaders.source import Source
 from fastsimclr.loaders.splits import few_labels, hold_out
 
 LOG = logging.getLogger("fastsimclr")
+LoaderName = Literal["auto", "native", "resident", "dali", "dali_gpu", "ffcv", "torchvision", "synthetic"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which images and labels a run uses, and how they are read. Raises ValueError for values that cannot be."""
 
-    source: Literal["digits", "folder", "cifar10", "cifar100", "stl10", "synthetic"] = "digits"
-    """The data set: scikit-learn's digits (embedded), a folder of images, a torchvision set, or noise for benches."""
+    source: Literal["digits", "folder", "beton", "shards", "cifar10", "cifar100", "stl10", "synthetic"] = "digits"
+    """The data set: scikit-learn's digits (embedded), a folder of images, packed files, a torchvision set, or noise for
+    benches."""
     root: str | None = None
-    """The folder: of images for source=folder (root/train/CLASS, root/CLASS, or flat and unlabelled), of the archives
-    for cifar10, cifar100 and stl10 (default: ./data)."""
+    """The folder: of images for source=folder (root/train/CLASS, root/CLASS, or flat and unlabelled), with train.beton
+    and val.beton for source=beton (or one .beton file), of the archives for cifar10, cifar100 and stl10 (default:
+    ./data). For source=shards paths or URLs of tars: a folder, or a pattern with {000..127}, {a,b} or *."""
     labels: str | None = None
-    """Labels for source=folder: a CSV file with the header path,label, paths relative to its folder. An image without a
-    line is unlabelled. Default: root/labels.csv where there is one, else the class folders."""
+    """Labels for source=folder: a CSV file with the header path,label, paths relative to its folder; for source=beton
+    paths as the file names its images. An image without a line is unlabelled. Default: root/labels.csv where there is
+    one, else the class folders or the file's own labels."""
     val: str | None = None
-    """Folder of validation images. Default: root/val or root/test where there is one, else a held-out split."""
+    """Folder of validation images. Default: root/val or root/test where there is one, else a held-out split. For
+    source=shards another pattern, else a held-out split. For source=beton a .beton file, by default root/val.beton or
+    root/test.beton."""
     val_labels: str | None = None
     """Labels of a flat validation folder: two columns, file name and class name or position among the sorted classes,
     as in ImageNet's LOC_val_solution.csv."""
@@ -48,12 +58,27 @@ class DataConfig:
     """File that lists the images whose labels the few-label stages may use, one name a line (Google's 1percent.txt)."""
     label_seed: int = 0
     """Seed of the draw of the labels for label_fraction and labels_per_class."""
+    label_key: str | None = None
+    """Where the labels of source=shards are: the extension of the members that hold them (cls, txt), or json.FIELD for
+    a field of KEY.json; class numbers or class names. Default: cls."""
+    cache: str | None = None
+    """Folder in which remote shards are kept, with what was found in shards; on a local disk, shared by the ranks of a
+    machine. Default: fastsimclr/shards in $XDG_CACHE_HOME, or in ~/.cache."""
+    cache_gib: float = 0.0
+    """Most GiB of shards in data.cache; the least recently used make room. 0: no limit."""
+    fetch_retries: int = 5
+    """How often the download of a shard is tried again, after 0.5 s and then after twice the time before."""
     download: bool = True
     """Fetch a torchvision set that is not in root."""
     threads: int = 0
     """Threads that read and decode, of each rank; 0 shares the machine's cores among its ranks."""
-    resident: Literal["auto", "always", "never"] = "auto"
-    """Hold the data set decoded in the device's memory: where it fits, always, or never."""
+    loader: LoaderName = "auto"
+    """How images are read. native: threads, one decode for all views. resident: the data set held decoded in the
+    device's memory. auto: resident where it fits, else native. dali and dali_gpu: NVIDIA DALI. ffcv: FFCV on a .beton.
+    torchvision: torch's DataLoader, the baseline. synthetic: the ids and labels of the source, noise for pixels."""
+    photometric: Literal["kernel", "dali"] = "kernel"
+    """Who changes the colours, blurs and flips: our kernel, or for loader=dali and dali_gpu DALI's own operators, whose
+    colours differ from SimCLR's (docs/loaders.md)."""
     resident_gib: float = 0.0
     """Most GiB of a device that data held decoded may take; 0 takes half of what is free. Ranks on a CPU share it."""
     max_bad_fraction: float = 0.01
@@ -64,7 +89,7 @@ class DataConfig:
     synthetic_images: int = 1024
     """Number of images for source=synthetic."""
     synthetic_size: int = 224
-    """Side of the images in pixels for source=synthetic."""
+    """Side of the images in pixels for source=synthetic, and of loader=synthetic where it makes whole images."""
     synthetic_classes: int = 10
     """Number of classes for source=synthetic."""
 
@@ -72,17 +97,30 @@ class DataConfig:
         few = ("label_fraction", "labels_per_class", "label_list")
         if len(given := [name for name in few if getattr(self, name) is not None]) > 1:
             raise ValueError(f"data.{' and data.'.join(given)} exclude each other; give one of them")
-        if self.source == "folder" and not self.root:
-            raise ValueError("data.source=folder needs data.root; name the folder that holds the images")
+        if self.source in ("folder", "beton") and not self.root:
+            what = "the folder that holds the images" if self.source == "folder" else "FILE.beton or its folder"
+            raise ValueError(f"data.source={self.source} needs data.root; name {what}")
+        if self.source == "shards" and not self.root:
+            raise ValueError("data.source=shards needs data.root; name the shards, as in train-{000..127}.tar")
+        label_member(self.label_key)
         for name in ("labels", "val", "val_labels"):
-            if self.source != "folder" and getattr(self, name) is not None:
-                raise ValueError(f"data.{name} is for data.source=folder, not {self.source}; remove it")
+            if self.source == "shards" and name == "val":
+                continue
+            if self.source not in ("folder", "beton") and getattr(self, name) is not None:
+                raise ValueError(f"data.{name} is for data.source=folder, not {self.source}, or for beton; remove it")
+        if self.photometric == "dali" and self.loader not in ("dali", "dali_gpu"):
+            raise ValueError(
+                f"data.photometric=dali needs data.loader=dali or dali_gpu, not {self.loader}; set it, or use kernel"
+            )
         rules = {
             "val_fraction": (0 < self.val_fraction < 1, "between 0 and 1"),
             "label_fraction": (self.label_fraction is None or 0 < self.label_fraction <= 1, "above 0 and up to 1"),
             "labels_per_class": (self.labels_per_class is None or self.labels_per_class >= 1, "1 or more"),
             "val_seed": (0 <= self.val_seed < 2**32, "in 0..2**32 - 1"),
             "label_seed": (0 <= self.label_seed < 2**32, "in 0..2**32 - 1"),
+            "label_key": (self.label_key is None or self.source == "shards", "left out: it is for data.source=shards"),
+            "cache_gib": (self.cache_gib >= 0, "0 (no limit) or more"),
+            "fetch_retries": (self.fetch_retries >= 0, "0 or more"),
             "threads": (self.threads >= 0, "0 (all cores) or more"),
             "resident_gib": (self.resident_gib >= 0, "0 (half of the free memory) or more"),
             "max_bad_fraction": (0 <= self.max_bad_fraction < 1, "0 or more and below 1"),
@@ -138,12 +176,18 @@ DIGITS_VAL = (0.2, 0)
 def _open(config: DataConfig) -> tuple[Source, Source]:
     """(training images, validation images); no validation images where they are to be held out."""
     match config.source:
-        case "folder":
+        case "folder" | "beton":
             assert config.root is not None  # __post_init__
             paths = [None if text is None else Path(text) for text in (config.labels, config.val, config.val_labels)]
-            return open_folder(Path(config.root), labels=paths[0], val=paths[1], val_labels=paths[2])
+            opened = open_packed if config.source == "beton" else open_folder
+            return opened(Path(config.root), labels=paths[0], val=paths[1], val_labels=paths[2])
         case "digits":
             return hold_out(digits(), *DIGITS_VAL)
+        case "shards":
+            assert config.root is not None  # __post_init__
+            folder = default_cache() if config.cache is None else Path(config.cache)
+            cache = ShardCache(folder, int(config.cache_gib * GIB), config.fetch_retries)
+            return open_shard_splits(config.root, config.val, cache, config.label_key)
         case "synthetic":
             noise = SyntheticSource(config.synthetic_images, config.synthetic_size, config.synthetic_classes)
             return noise, Subset(noise, ())

@@ -28,31 +28,44 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-def image_size(data: bytes, what: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+Encoded = bytes | memoryview
+
+
+def is_plain_jpeg(data: Encoded) -> bool:
+    """Whether `data`, whose header is sound, is a JPEG in grey or YCbCr, which every decoder reads alike."""
+    return data[:2] == b"\xff\xd8" and simplejpeg.decode_jpeg_header(data)[2] in ("Gray", "YCbCr")
+
+
+def image_size(data: Encoded, what: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(height, width) in pixels, from the header alone. Raises as `decode`."""
     return _open(data, what, max_pixels)[:2]
 
 
-def decode(data: bytes, what: str, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """The image in `data` as uint8 [H, W, 3], RGB.
+def decode(data: Encoded, what: str, max_pixels: int = MAX_PIXELS, out: Pixels | None = None) -> Pixels:
+    """The image in `data` as uint8 [H, W, 3], RGB; in `out` (uint8, flat, contiguous), which is large enough, if given.
 
     Raises DataError, naming the file by `what`, for empty, foreign, truncated or damaged data, for pixels of 32 bits,
     and for more than `max_pixels` pixels (Pillow's own limit of 89 million holds for what is not JPEG).
     A JPEG has no checksum: damage whose codes are still possible goes unnoticed.
     """
-    _, _, picture = _open(data, what, max_pixels)
+    height, width, picture = _open(data, what, max_pixels)
+    room = None if out is None else out[: 3 * height * width]
     try:
         if picture is None:
-            pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+            pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, buffer=room)
             return pixels
-        return _rgb(picture, what)
+        pixels = _rgb(picture, what)
     except (DataError, MemoryError):
         raise
     except Exception as error:  # Pillow's plugins raise anything at all on damaged bytes
         raise DataError(f"{what} is damaged: {error}") from error
+    if room is None:
+        return pixels
+    room[:] = pixels.reshape(-1)
+    return room.reshape(pixels.shape)
 
 
-def _open(data: bytes, what: str, max_pixels: int) -> tuple[int, int, Image.Image | None]:
+def _open(data: Encoded, what: str, max_pixels: int) -> tuple[int, int, Image.Image | None]:
     """Height, width, and the opened picture where Pillow is to decode it."""
     if not data:
         raise DataError(f"{what} is empty (0 bytes)")

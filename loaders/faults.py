@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from fastsimclr.loaders.decode import decode
+from fastsimclr.loaders.decode import Encoded, decode, image_size
 from fastsimclr.loaders.source import DataError, Source
 
 Pixels = npt.NDArray[np.uint8]
 
 LOG = logging.getLogger("fastsimclr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """An image found readable so far: its id, its data (a file's bytes, or pixels), its height and width."""
+
+    index: int
+    data: Encoded | Pixels
+    size: tuple[int, int]
 
 
 class Reader:
@@ -29,28 +40,66 @@ class Reader:
         self.bad: dict[int, str] = {}
         self._lock = threading.Lock()
 
-    def read(self, index: int) -> Pixels | None:
-        """Image `index` as uint8 [H, W, 3], RGB; None where it is damaged or its file cannot be read."""
+    def open(self, index: int) -> Opened | None:
+        """The data of image `index` and its size, from the header alone; None where it is known to be damaged."""
         if index in self.bad:
             return None
         try:
             data = self.source.read(index)
-            if isinstance(data, bytes):
-                return decode(data, self.source.describe(index), self.max_pixels)
-            return data
+            if isinstance(data, np.ndarray):
+                return Opened(index=index, data=data, size=(data.shape[0], data.shape[1]))
+            return Opened(index=index, data=data, size=image_size(data, self.source.describe(index), self.max_pixels))
         except (DataError, OSError) as error:
             self._add(index, str(error))
             return None
 
-    def read_or_next(self, index: int) -> tuple[int, Pixels]:
+    def open_next(self, index: int) -> Opened:
+        """`open` of image `index`, or of the next one that can be opened; 0 follows the last."""
+        for step in range(len(self.source)):
+            if (found := self.open((index + step) % len(self.source))) is not None:
+                return found
+        raise self.too_many()
+
+    def decode(self, index: int, data: Encoded | Pixels | None, size: Sequence[int], out: Pixels) -> Pixels | None:
+        """Image `index`, of `size` by its header, decoded into `out` (uint8, flat); None where it is damaged.
+
+        data: what `open` found; read here where None. The result is uint8 [H, W, 3], RGB, at the head of `out`.
+        """
+        try:
+            data = self.source.read(index) if data is None else data
+            if isinstance(data, np.ndarray):
+                room = out[: data.size].reshape(data.shape)
+                room[:] = data
+                return room
+            what = self.source.describe(index)
+            pixels = decode(data, what, self.max_pixels, out)
+            if pixels.shape[:2] != tuple(size):
+                raise DataError(
+                    f"{what} has {pixels.shape[:2]} pixels, {tuple(size)} by its header or table; pack it anew"
+                )
+            return pixels
+        except (DataError, OSError) as error:
+            self._add(index, str(error))
+            return None
+
+    def read(self, index: int) -> Pixels | None:
+        """Image `index` as uint8 [H, W, 3], RGB; None where it is damaged or its file cannot be read."""
+        found = self.open(index)
+        if found is None:
+            return None
+        out = np.empty(3 * found.size[0] * found.size[1], dtype=np.uint8)
+        return self.decode(index, found.data, found.size, out)
+
+    def read_next(self, index: int) -> tuple[int, Pixels]:
         """(id, pixels) of image `index`, or of the next readable one where it is damaged; 0 follows the last."""
         for step in range(len(self.source)):
             stand_in = (index + step) % len(self.source)
             if (pixels := self.read(stand_in)) is not None:
                 return stand_in, pixels
-        raise self._too_many()
+        raise self.too_many()
 
-    def _too_many(self) -> DataError:
+    def too_many(self) -> DataError:
+        """The error for too many damaged images, of which there may be none left to stand in."""
         return too_many_damaged(self.source.name, len(self.source), self.bad, self.max_bad_fraction)
 
     def _add(self, index: int, reason: str) -> None:
@@ -59,7 +108,7 @@ class Reader:
                 return
             self.bad[index] = reason
             if len(self.bad) > self.max_bad_fraction * len(self.source):
-                raise self._too_many()
+                raise self.too_many()
         LOG.warning("damaged image %d of %s: %s", index, self.source.name, reason)
 
 

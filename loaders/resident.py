@@ -87,20 +87,21 @@ def hold(
     *,
     free: int | None = None,
 ) -> Resident | None:
-    """`source` decoded on `device`, or None where config.resident is "never", or "auto" and it does not fit.
+    """`source` decoded on `device`, or None where config.loader is "auto" and it does not fit, or one that reads.
 
     progress: called with (images done, n). free: bytes to reckon with, measured where None.
     Raises DataError where it must fit and does not, or too much is damaged.
     """
-    if config.resident == "never" or not len(source):
+    if config.loader not in ("auto", "resident") or not len(source):
         return None
     limit = int(config.resident_gib * GIB) or (free_bytes(device) if free is None else free) // 2
     reader = Reader(source, config.max_bad_fraction, config.max_pixels)
-    needed = _estimate(reader)
+    # Shards that do not fit their cache are not fetched to learn their images' sizes.
+    needed = _estimate(reader) if getattr(source, "whole_fits", True) else 2**63
     if needed > limit:
         text = f"{source.name} takes {needed / GIB:.2f} GiB decoded, over the limit of {limit / GIB:.2f} GiB a process"
-        if config.resident == "always":
-            raise DataError(f"data.resident=always, but {text} on {device}; use auto or raise data.resident_gib")
+        if config.loader == "resident":
+            raise DataError(f"data.loader=resident, but {text} on {device}; use auto or raise data.resident_gib")
         LOG.info("%s: not held in memory", text)
         return None
     return _decode_all(reader, needed, device, thread_count(config.threads), progress)
@@ -109,6 +110,8 @@ def hold(
 def _estimate(reader: Reader) -> int:
     """Bytes of all images decoded, from the sizes of up to 256 spread over the source; exact where those are all."""
     n = len(reader.source)
+    if (sizes := getattr(reader.source, "pixel_sizes", None)) is not None:
+        return 3 * int(sizes.prod(axis=1, dtype=np.int64).sum())
     ids = np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64))
     areas = [area for index in ids if (area := _area(reader, int(index)))]
     if not areas:
@@ -121,7 +124,7 @@ def _area(reader: Reader, index: int) -> int:
     """Pixels of an image; 0 where it is damaged, which the decoding will count."""
     try:
         data = reader.source.read(index)
-        size = data.shape[:2] if not isinstance(data, bytes) else image_size(data, "", reader.max_pixels)
+        size = data.shape[:2] if isinstance(data, np.ndarray) else image_size(data, "", reader.max_pixels)
     except (DataError, OSError):
         return 0
     return int(size[0]) * int(size[1])

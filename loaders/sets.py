@@ -11,11 +11,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastsimclr.loaders.order import subset_blocks
 from fastsimclr.loaders.philox import philox4x32
 from fastsimclr.loaders.source import DataError, Source
 
 Ints = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
+
+
+# What some sources know beyond `Source`; see those for what each means.
+_OPTIONAL = ("pixel_sizes", "blocks", "verified", "whole_fits", "expect")
 
 
 def _frozen(values: npt.ArrayLike) -> Ints:
@@ -135,6 +140,33 @@ class Subset:
         self.classes = self.base.classes
         self.labels = _frozen(self.base.labels[self.indices])
 
+    @cached_property
+    def pixel_sizes(self) -> npt.NDArray[np.int32] | None:
+        """int32 [n, 2], height and width, where the base knows them."""
+        sizes = getattr(self.base, "pixel_sizes", None)
+        return None if sizes is None else sizes[self.indices]
+
+    @cached_property
+    def blocks(self) -> Ints | None:
+        """The bounds of the base's blocks among these images, where it has blocks and they are in its order."""
+        blocks = getattr(self.base, "blocks", None)
+        return None if blocks is None else subset_blocks(blocks, self.indices)
+
+    @property
+    def verified(self) -> bool:
+        """Whether every image is known to decode."""
+        return bool(getattr(self.base, "verified", False))
+
+    @property
+    def whole_fits(self) -> bool:
+        """Whether all of the base can be at hand at once."""
+        return bool(getattr(self.base, "whole_fits", True))
+
+    def expect(self, ids: npt.ArrayLike) -> None:
+        """Tell a base that fetches ahead which images come next."""
+        if expect := getattr(self.base, "expect", None):
+            expect(self.indices[np.asarray(ids, dtype=np.int64)])
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -157,6 +189,11 @@ class Relabelled:
         self.name = source.name
         self.classes = source.classes
         self.labels = _frozen(labels)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OPTIONAL:
+            return getattr(self.source, name)
+        raise AttributeError(name)
 
     def __len__(self) -> int:
         return len(self.source)

@@ -18,6 +18,10 @@ class Source(Protocol):
     name: for people, e.g. "cifar10:train". classes: class names, () where nothing is labelled.
     labels: int64 [n], an index into classes, -1 where the image has no label.
     fingerprint: hex digest that changes when the list of images or labels changes; a checkpoint carries it.
+
+    A source may know more, which is used where it is there. pixel_sizes: int32 [n, 2], height and width. verified:
+    every image is known to decode. blocks: int64 [b + 1], the first id of each run of images that lie together, and n,
+    for a quasi-random order. whole_fits: false where not all blocks can be at hand at once. expect(ids): what is next.
     """
 
     @property

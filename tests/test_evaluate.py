@@ -159,7 +159,7 @@ def grey_levels(n: int) -> ArraySource:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_extract_keeps_order_and_labels(threads: int) -> None:
-    config = DataConfig(threads=threads, resident="never")
+    config = DataConfig(threads=threads, loader="native")
     loader = EvalLoader(grey_levels(70), config, batch=16)
     features = extract(raw_pixels, loader, PLAIN, RUNTIME)
     assert features.values.shape == (70, 192)
@@ -190,7 +190,7 @@ class Keep(nn.Module):
 def batches(n: int, size: int) -> Iterator[Batch]:
     rng = np.random.default_rng(0)
     source = ArraySource("noise", rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8), np.zeros(n, np.int64), ("a",))
-    return iter(EvalLoader(source, DataConfig(resident="never"), batch=size))
+    return iter(EvalLoader(source, DataConfig(loader="native"), batch=size))
 
 
 def test_calibrated_statistics_are_the_plain_averages() -> None:

@@ -98,7 +98,7 @@ def save_images(root: Path, n: int) -> None:
 def extract_on(ranks: Ranks, root: Path) -> tuple[list[float], list[list[int]]]:
     """The levels of this rank's images, and counts over all ranks by a classifier that is right on bright images."""
     source = open_folder(root, labels=None, val=None, val_labels=None)[0]
-    config = DataConfig(threads=1, resident="never", max_bad_fraction=0.5)
+    config = DataConfig(threads=1, loader="native", max_bad_fraction=0.5)
     loader = EvalLoader(source, config, batch=2, rank=ranks.rank, world=ranks.world)
     features = extract(raw_pixels, loader, PLAIN, Runtime(device=torch.device("cpu"), precision="fp32", ranks=ranks))
     levels = features.values[:, 0] * 255

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from fastsimclr.feed import Feed
+from fastsimclr.kernels.views import make_views
 from fastsimclr.loaders import ArraySource, Batch, DataConfig, DataError, Policy, TrainLoader, draw
 from fastsimclr.runtime import Runtime
 
@@ -20,8 +22,8 @@ POLICY = Policy(size=8, normalise="none")
 
 def loader(stop: int) -> TrainLoader:
     rng = np.random.default_rng(0)
-    source = ArraySource("noise", rng.integers(0, 256, (20, 9, 9, 3), dtype=np.uint8), np.arange(20) % 2, ("a", "b"))
-    return TrainLoader(source, DataConfig(resident="never", threads=2), batch=6, seed=3, stop=stop)
+    source = ArraySource("noise", rng.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8), np.arange(20) % 2, ("a", "b"))
+    return TrainLoader(source, DataConfig(loader="native", threads=2), batch=6, seed=3, stop=stop)
 
 
 def feeds() -> list[threading.Thread]:
@@ -36,9 +38,14 @@ def test_every_batch_once_in_order_with_its_draws() -> None:
     assert [s.labels.tolist() for s in shipments] == [b.labels.tolist() for b in expected]
     for shipment, batch in zip(shipments, expected, strict=True):
         params = draw(POLICY, 3, batch.epochs, batch.ids, 2, batch.sizes)
-        assert torch.equal(shipment.params.crop, params.crop)
         assert torch.equal(shipment.params.factors, params.factors)
-        assert shipment.views(POLICY, torch.float32).shape == (12, 3, 8, 8)
+        views = shipment.views(POLICY, torch.float32)
+        assert views.shape == (12, 3, 8, 8)
+        # Cut by the loader, as this is a CPU: crops of whole pixel values.
+        plain = replace(POLICY, jitter=0.0, grey=0.0, blur=0.0)
+        crops = replace(shipment, params=replace(shipment.params, ops=plain.ops)).views(plain, torch.float32)
+        exact = make_views(batch.images, replace(params, ops=plain.ops), **plain.rendering)
+        assert (crops - exact).abs().max() < 1.01 / 255
     assert feeds() == []
 
 

@@ -88,7 +88,7 @@ def stopped(ranks: Ranks, run: Path, rank: int, moment: int, checkpoint_every_st
             os.kill(os.getpid(), signal.SIGTERM)
 
     def batches(start: int, stop: int) -> TrainLoader:
-        data = DataConfig(resident="never", threads=1)
+        data = DataConfig(loader="native", threads=1)
         return TrainLoader(
             SOURCE, data, batch=BATCH, seed=0, start=start, stop=stop, rank=ranks.rank, world=ranks.world
         )

@@ -40,15 +40,17 @@ def test_two_folders_of_like_files_are_not_taken_for_one_another(tmp_path: Path)
             place = tmp_path / split / name
             place.mkdir(parents=True)
             Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(place / "0.bmp")  # all files of one size
-    setting = Setting(replace(DIGITS, data=DataConfig(source="folder", root=str(tmp_path), resident="always")))
+    setting = Setting(replace(DIGITS, data=DataConfig(source="folder", root=str(tmp_path), loader="resident")))
     train, val = setting.splits.train, setting.splits.val
     pixels = [next(iter(setting.passes(source))).images.buffer for source in (train, val)]
     assert [int(buffer.max()) for buffer in pixels] == [10, 200]
 
 
 def test_a_stage_may_crop_more_mildly_than_pretraining_and_takes_no_colour() -> None:
-    setting = Setting(DIGITS)
+    every = replace(DIGITS.views, solarise=0.2, rotate90=0.5, sobel=0.5, noise=0.5, cutout=0.5)
+    setting = Setting(replace(DIGITS, views=every))
     assert setting.crop_flip_policy().scale == DIGITS.views.scale
+    assert setting.crop_flip_policy().ops <= {"flip", "rotate"}
     mild = setting.crop_flip_policy((0.6, 1.0))
     assert (mild.scale, mild.jitter, mild.grey, mild.blur, mild.solarise) == ((0.6, 1.0), 0, 0, 0, 0)
     assert setting.evaluation_policy.ops == frozenset()
@@ -74,7 +76,7 @@ def test_damage_found_in_a_part_is_measured_on_that_part(tmp_path: Path) -> None
         Image.fromarray(np.full((8, 8, 3), index, np.uint8)).save(place / f"{index:02d}.png")
     for index in (0, 21):
         (tmp_path / "ab"[index % 2] / f"{index:02d}.png").write_bytes(b"not an image")
-    data = DataConfig(source="folder", root=str(tmp_path), resident="never", max_bad_fraction=0.1)
+    data = DataConfig(source="folder", root=str(tmp_path), loader="native", max_bad_fraction=0.1)
     setting = Setting(replace(DIGITS, data=data))
     every = setting.splits.unlabelled
     list(setting.passes(every))

@@ -227,25 +227,25 @@ def words(folder: Path, run: Path, *more: object) -> list[object]:
     return [*SMOKE, *plain, *more]
 
 
-@pytest.mark.parametrize("resident", ["never", "always"])
-def test_damaged_images_are_named_counted_and_replaced(folder: Path, tmp_path: Path, resident: str) -> None:
+@pytest.mark.parametrize("loader", ["native", "resident"])
+def test_damaged_images_are_named_counted_and_replaced(folder: Path, tmp_path: Path, loader: str) -> None:
     broken = folder / "train" / "cat" / "03.png"
     broken.write_bytes(broken.read_bytes()[:200])
     (folder / "train" / "dog" / "05.png").write_text("no image")
-    loads = ("--data.resident", resident, "--data.max_bad_fraction", "0.2")
+    loads = ("--data.loader", loader, "--data.max_bad_fraction", "0.2")
     done("pretrain", *words(folder, tmp_path / "run", *loads))
     damaged = [text for texts in result(tmp_path / "run")["data"]["damaged"].values() for text in texts]
     assert len(damaged) == 2
     assert any(str(broken) in text for text in damaged) and any("dog/05.png" in text for text in damaged)
 
 
-@pytest.mark.parametrize("resident", ["never", "always"])
+@pytest.mark.parametrize("loader", ["native", "resident"])
 def test_too_many_damaged_images_stop_the_run(
-    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, resident: str
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, loader: str
 ) -> None:
     for name in ("01", "02"):
         (folder / "train" / "cat" / f"{name}.png").write_bytes(b"\x89PNG\r\n\x1a\nfoo")
-    loads = ("--data.resident", resident, "--data.max_bad_fraction", "0.05")
+    loads = ("--data.loader", loader, "--data.max_bad_fraction", "0.05")
     line = refused(capsys, "pretrain", *words(folder, tmp_path / "run", *loads))
     assert "2 of 24 images are damaged" in line and "data.max_bad_fraction=0.05" in line and "cat/01.png" in line
     assert checkpoint.saved(tmp_path / "run") == []

@@ -154,7 +154,7 @@ def test_the_failing_rank_is_named_and_the_others_end(tmp_path: Path) -> None:
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
     (tmp_path / "images" / "1" / "33.png").write_bytes(b"not an image")
     options = (
-        f"pretrain --config folder.yaml --data.root {tmp_path}/images --data.resident never --data.max_bad_fraction 0"
+        f"pretrain --config folder.yaml --data.root {tmp_path}/images --data.loader native --data.max_bad_fraction 0"
         f" --device cpu --views.size 16 --model.width 0.125 --model.arch resnet18 --pretrain.batch 8"
         f" --pretrain.epochs 12 --out {tmp_path}/run"
     )

@@ -23,6 +23,7 @@ from fastsimclr.loaders import (
     Splits,
     Subset,
     TrainLoader,
+    backend_name,
     free_bytes,
     hold,
     label_subset,
@@ -108,7 +109,8 @@ class Setting:
     def crop_flip_policy(self, scale: tuple[float, float] | None = None) -> Policy:
         """Crop and flip of the pretraining views (and their rotation, where there is one), with crops of `scale`."""
         views = self.recipe.views
-        return replace(views, scale=scale or views.scale, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0)
+        mild = replace(views, scale=scale or views.scale, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0)
+        return replace(mild, rotate90=0.0, sobel=0.0, noise=0.0, cutout=0.0)
 
     @property
     def evaluation_policy(self) -> Policy:
@@ -150,8 +152,8 @@ class Setting:
         return self._noting_damage(loader)
 
     def loader_name(self, source: Source) -> str:
-        """Which loader serves `source`: resident or native."""
-        return "native" if self._resident(source) is None else "resident"
+        """Which loader serves `source`: resident, or the one that reads."""
+        return backend_name(self.data) if self._resident(source) is None else "resident"
 
     def data_facts(self) -> dict[str, Any]:
         """Sizes, classes, fingerprint and the damaged images that any rank found, for result files. Every rank asks.
@@ -184,6 +186,9 @@ class Setting:
 
     def _resident(self, source: Source) -> Resident | None:
         key = _key(source)
+        if key not in self._held and self.data.loader not in ("auto", "resident"):
+            self._held[key] = None
+            logger.info("%s: %d images, data.loader=%s", source.name, len(source), self.data.loader)
         if key not in self._held:
             free = min(self.ranks.gather(free_bytes(self.runtime.device))) // self._sharers  # one answer on all ranks
             shown = None if self.ranks.first else True  # None: where there is a terminal
@@ -191,8 +196,8 @@ class Setting:
                 self._held[key] = hold(
                     source, self.data, self.runtime.device, lambda done, n: _show(bar, done, n), free=free
                 )
-            where = f"held decoded on {self.runtime.device}" if self._held[key] else "decoded as it is read"
-            logger.info("%s: %d images %s", source.name, len(source), where)
+            chosen = "resident, the images fit" if self._held[key] else "native, they are decoded as they are read"
+            logger.info("%s: %d images, data.loader=%s: %s", source.name, len(source), self.data.loader, chosen)
         return self._held[key]
 
     def _noting_damage(self, loader: Loader) -> Iterable[Batch]:

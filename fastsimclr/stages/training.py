@@ -114,7 +114,7 @@ def train(
             "loader": setting.loader_name(source),
             "views": chosen("views", setting.runtime.device),
             "loss": objective.loss_name(setting.runtime.device),
-            "optimizer": chosen("lars", setting.runtime.device) if optim.name == "lars" else f"{optim.name}.torch",
+            "optimizer": getattr(trainer.job.optimizer, "implementation", f"{optim.name}.torch"),
             "bn": bn_name(trainer.bn_groups, world),
         },
     )

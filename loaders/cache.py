@@ -1,0 +1,262 @@
+"""A folder of fetched shards: one download a host, kept whole, the least recently used given up under a size limit."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fastsimclr.loaders.handles import Handles
+from fastsimclr.loaders.remote import CacheError, FetchError, Remote, download, unwritable
+from fastsimclr.loaders.source import DataError
+
+LOG = logging.getLogger("fastsimclr")
+GIB = 2**30
+POLL_S = 0.05  # how often a process looks whether another one has finished a download
+THREADS = 4  # shards fetched ahead at once
+
+
+def default_cache() -> Path:
+    """fastsimclr/shards below $XDG_CACHE_HOME, by default ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsimclr" / "shards"
+
+
+class _NoRoom(Exception):
+    """A shard that nobody waits for does not fit without giving up one in use."""
+
+
+class ShardCache:
+    """Fetched shards in `folder`, which several processes and data sets may share; it should be on a local disk.
+
+    limit: most bytes of all shards, 0 for no limit; it is exceeded, with one warning, where all shards are in use.
+    A shard in use is open under a shared flock, a download under an exclusive one, which end with their process.
+    """
+
+    def __init__(self, folder: Path, limit: int = 0, retries: int = 5) -> None:
+        self.folder, self.limit, self.retries = folder, limit, retries
+        self.handles = Handles(0)
+        self._over = self._told = False
+        self._failures: dict[str, tuple[float, FetchError]] = {}
+        self._ahead = threading.Lock()
+        self._wishes: deque[Remote] = deque()
+        self._workers = 0
+
+    def __reduce__(self) -> tuple[type[ShardCache], tuple[Path, int, int]]:
+        return ShardCache, (self.folder, self.limit, self.retries)
+
+    @contextmanager
+    def use(self, remote: Remote) -> Iterator[int]:
+        """A descriptor of the shard, fetched first where it is not here. Raises FetchError, DataError."""
+        with self.handles.use(remote.key, lambda: self._open(remote)) as fd:
+            yield fd
+        if self._over:  # what was in use when it was needed may not be any more
+            with suppress(OSError):
+                self._make_room(None, None, ahead=False)
+
+    def holds(self, remote: Remote) -> bool:
+        """Whether the shard is here now."""
+        return (self.folder / remote.key).is_file()
+
+    def expect(self, remotes: Sequence[Remote]) -> None:
+        """Fetch these shards ahead, in this order, as many as fit the limit, and keep them until the next call."""
+        wishes, total = list[Remote](), 0
+        for remote in remotes:
+            total += remote.size
+            if self.limit and wishes and total > self.limit:
+                break
+            wishes.append(remote)
+        self.handles.want(frozenset(remote.key for remote in wishes))
+        with self._ahead:
+            self._wishes = deque(remote for remote in wishes if remote.key not in self.handles)
+            start = min(THREADS, len(self._wishes)) - self._workers
+            self._workers += max(0, start)
+        for _ in range(start):
+            threading.Thread(target=self._work, name="fetch", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            with self._ahead:
+                if not self._wishes:
+                    self._workers -= 1
+                    return
+                remote = self._wishes.popleft()
+            try:
+                with self.handles.use(remote.key, lambda remote=remote: self._open(remote, ahead=True)):  # type: ignore[misc]
+                    pass
+            except _NoRoom:
+                continue
+            except Exception as error:  # whoever needs the shard will try again, and raise
+                LOG.warning("not fetched ahead: %s", error)
+
+    def _open(self, remote: Remote, *, ahead: bool = False) -> int:
+        begun = time.monotonic()
+        while (fd := self._there(remote)) is None:
+            failed_at, failure = self._failures.get(remote.key, (begun, None))
+            if failure is not None and failed_at > begun:  # the thread that this one waited for has tried it all
+                raise failure
+            try:
+                fd = self._fetch(remote, ahead)
+            except FetchError as error:
+                self._failures[remote.key] = time.monotonic(), error
+                raise
+            if fd is not None:
+                return fd
+            time.sleep(POLL_S)  # another thread or process is fetching it
+        return fd
+
+    def _there(self, remote: Remote) -> int | None:
+        path = self.folder / remote.key
+        try:
+            fd = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise unwritable(remote, self.folder, error) from error
+        if os.fstat(fd).st_size != remote.size:  # cut off by a crash of the machine
+            os.close(fd)
+            path.unlink(missing_ok=True)
+            return None
+        _lock(fd, fcntl.LOCK_SH, self.folder)
+        with suppress(OSError):
+            os.utime(fd)
+        return fd
+
+    def _fetch(self, remote: Remote, ahead: bool) -> int | None:
+        """A descriptor of the fetched shard; None where another thread or process is at it, or was just now."""
+        part, final = self.folder / f"{remote.key}.{remote.size}.part", self.folder / remote.key
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            fd = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise unwritable(remote, self.folder, error) from error
+        keep = True
+        try:
+            if not _lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, self.folder) or not _same(fd, part):
+                return None
+            if final.exists():
+                part.unlink()
+                return None
+            self._make_room(remote, part, ahead)
+            started, had = time.monotonic(), os.fstat(fd).st_size
+            download(remote, fd, part, self.retries)
+            os.fsync(fd)
+            part.replace(final)
+            LOG.debug("%s: %d bytes in %.1f s", remote.url, remote.size - had, time.monotonic() - started)
+            _lock(fd, fcntl.LOCK_SH, self.folder)
+            keep = False
+            return fd
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise unwritable(remote, self.folder, error) from error
+        except BaseException as error:
+            # What was cut off stays, to go on from there; but not on a full disk.
+            if isinstance(error, CacheError) or not os.fstat(fd).st_size:
+                part.unlink(missing_ok=True)
+            raise
+        finally:
+            if keep:
+                os.close(fd)
+
+    def _make_room(self, remote: Remote | None, part: Path | None, ahead: bool) -> None:
+        """Give up what was not used for longest, until `remote` fits; its own `part` does not count."""
+        if not self.limit:
+            return
+        with open(self.folder / ".lock", "a") as lock:
+            _lock(lock.fileno(), fcntl.LOCK_EX, self.folder)
+            entries = sorted(self._entries(part))
+            excess = sum(size for _, size, _ in entries) + (remote.size if remote else 0) - self.limit
+            for _, size, path in entries:
+                if excess > 0 and _give_up(path):
+                    excess -= size
+        if excess > 0 and ahead:
+            raise _NoRoom
+        self._over = excess > 0
+        if self._over and not self._told:
+            self._told = True
+            LOG.warning(
+                "%s: the shards in use take %.2f GiB more than data.cache_gib=%.2f; raise it, or lower the window",
+                *(self.folder, excess / GIB, self.limit / GIB),
+            )
+
+    def _entries(self, without: Path | None) -> Iterator[tuple[int, int, Path]]:
+        """(last use, bytes, path) of each shard; a download counts with the size that it will have."""
+        for entry in os.scandir(self.folder):
+            path = Path(entry.path)
+            with suppress(OSError, ValueError):
+                if path != without and entry.is_file() and not entry.name.startswith("."):
+                    state = entry.stat()
+                    size = int(entry.name.split(".")[-2]) if entry.name.endswith(".part") else state.st_size
+                    yield state.st_mtime_ns, size, path
+
+    def get_index(self, key: str) -> Any:
+        """What `put_index` kept under `key`; None where there is nothing that can be read."""
+        try:
+            return json.loads((self.folder / "index" / f"{key}.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+
+    def put_index(self, key: str, value: Any) -> None:
+        """Keep a JSON value under `key`; a folder that cannot be written to costs the next start time, no more."""
+        folder = self.folder / "index"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / f"{key}.json", json.dumps(value).encode())
+        except OSError as error:
+            LOG.warning("%s: the index of a shard is not kept: %s", folder, error.strerror)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all. Raises OSError."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _lock(fd: int, how: int, folder: Path) -> bool:
+    """flock; False where another holder is in the way of an attempt that does not wait."""
+    try:
+        fcntl.flock(fd, how)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise DataError(f"data.cache={folder} has no file locks ({error.strerror}); name a local disk") from error
+    return True
+
+
+def _same(fd: int, path: Path) -> bool:
+    """Whether `path` still is the open file: another process may have renamed or removed it before our lock."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _give_up(path: Path) -> bool:
+    """Remove a shard that nobody uses; False where it is in use, or another user's."""
+    try:
+        fd = os.open(path, os.O_RDWR)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _same(fd, path):
+            path.unlink()
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)

@@ -1,0 +1,224 @@
+"""Where the samples of shards are read from: index.json beside them, the cache, or the tars; and writing index.json."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from fastsimclr.loaders.cache import ShardCache, write_whole
+from fastsimclr.loaders.places import expand
+from fastsimclr.loaders.remote import Remote, describe, filesystem, is_remote, read_small, retry
+from fastsimclr.loaders.shard_index import (
+    INDEX,
+    IndexFile,
+    ShardIndex,
+    dump_index,
+    label_member,
+    parse_shard,
+    read_index,
+    scan_shard,
+)
+from fastsimclr.loaders.source import DataError
+
+T = TypeVar("T")
+
+LOG = logging.getLogger("fastsimclr")
+AT_ONCE = 8  # shards scanned or fetched at once at the start
+NOTE_S = 10.0  # how often the log tells how far that is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar: its path or URL, its bytes, and the version to fetch where it is remote."""
+
+    place: str
+    size: int
+    remote: Remote | None
+
+    @property
+    def name(self) -> str:
+        """The base name, which stays the same when a set moves."""
+        return base_name(self.place)
+
+
+def base_name(place: str) -> str:
+    """The file name of a path or URL, without a URL's query."""
+    return (place.partition("?")[0] if is_remote(place) else place).rpartition("/")[2]
+
+
+def folder_of(place: str) -> str:
+    """The folder of a path or URL, without a slash at the end."""
+    return (place.partition("?")[0] if is_remote(place) else place).rpartition("/")[0]
+
+
+def listed(folder: str, cache: ShardCache, label_key: str | None) -> IndexFile | None:
+    """The index.json of a folder, None where there is none. DataError where it is damaged or of another label_key."""
+    place = f"{folder}/{INDEX}"
+    if is_remote(folder):
+        data = read_small(place, cache.retries)
+    else:
+        data = Path(place).read_bytes() if os.path.isfile(place) else None
+    if data is None:
+        return None
+    file = read_index(data, place)
+    if label_key is not None and label_key != file.label_key:
+        raise DataError(
+            f"{place} has the labels of label_key={file.label_key}, not data.label_key={label_key};"
+            " leave that out, or write the index again"
+        )
+    return file
+
+
+def load_shards(
+    places: Sequence[str], lists: Mapping[str, IndexFile | None], cache: ShardCache, label_key: str | None
+) -> list[tuple[Shard, ShardIndex]]:
+    """Each shard with its samples: of `lists`, the index.json of its folder, else scanned, which the cache remembers.
+
+    Remote shards without index.json are fetched for it. Raises DataError for a shard that its folder's list lacks or
+    has with another size.
+    """
+    label_member(label_key)
+
+    def load(place: str) -> tuple[Shard, ShardIndex]:
+        file = lists[folder_of(place)]
+        if file is None:
+            return _scanned(place, cache, label_key)
+        if base_name(place) not in file.shards:
+            raise DataError(f"{place} is not listed in {folder_of(place)}/{INDEX}; write it again")
+        size, digest, index = file.shards[base_name(place)]
+        if is_remote(place):
+            return Shard(place=place, size=size, remote=Remote(place, size, sha256=digest)), index
+        if (found := _state(place).st_size) != size:
+            raise DataError(
+                f"{place} has {found} bytes, not {size} as {folder_of(place)}/{INDEX} says;"
+                " copy it again, or write the index again"
+            )
+        return Shard(place=place, size=size, remote=None), index
+
+    return _all(places, load, "indexed")
+
+
+def _scanned(place: str, cache: ShardCache, label_key: str | None) -> tuple[Shard, ShardIndex]:
+    if is_remote(place):
+        remote = describe(place, cache.retries)
+        shard, version = Shard(place=place, size=remote.size, remote=remote), remote.tag
+    else:
+        state = _state(place)
+        shard, version = Shard(place=place, size=state.st_size, remote=None), str(state.st_mtime_ns)
+    text = f"{place}\n{shard.size}\n{version}\n{label_key}"
+    key = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+    if version and (kept := cache.get_index(key)) is not None:
+        try:
+            return shard, parse_shard(kept, shard.size)
+        except (ValueError, KeyError, TypeError):
+            LOG.warning("%s: the index kept for it is damaged; scanned again", place)
+    with _reading(shard, cache) as fd:
+        index = scan_shard(fd, shard.size, place, label_key)
+    cache.put_index(key, vars(index))
+    return shard, index
+
+
+def _state(place: str) -> os.stat_result:
+    try:
+        return os.stat(place)
+    except OSError as error:
+        raise DataError(f"{place} cannot be read: {error.strerror}; correct the path or the range") from error
+
+
+@contextmanager
+def _reading(shard: Shard, cache: ShardCache) -> Iterator[int]:
+    if shard.remote is not None:
+        with cache.use(shard.remote) as fd:
+            yield fd
+        return
+    try:
+        fd = os.open(shard.place, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(f"{shard.place} cannot be read: {error.strerror}; correct the path or the rights") from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _all(places: Sequence[str], work: Callable[[str], T], done: str) -> list[T]:
+    """work(place) of each place, in order, several at once; the first error ends it."""
+    pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="index")
+    results: list[T] = []
+    noted = time.monotonic()
+    try:
+        for result in pool.map(work, places):
+            results.append(result)
+            if time.monotonic() - noted > NOTE_S:
+                noted = time.monotonic()
+                LOG.info("%s %d of %d shards", done, len(results), len(places))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return results
+
+
+def write_index(
+    urls: str | Sequence[str],
+    cache: ShardCache,
+    *,
+    label_key: str | None = None,
+    classes: Sequence[str] | None = None,
+) -> list[str]:
+    """Write index.json into the folder of the shards, or into each of their folders; returns where.
+
+    It holds samples, labels, sizes and SHA-256 of the shards, and `classes`, the names of the class numbers. Shards of
+    the same folder that it lists already stay listed. Each shard is read whole, remote ones through the cache. Raises
+    DataError where an index of another label_key or other classes stands there, and for web servers, which take no
+    files: write it where the shards come from.
+    """
+    places = expand(urls, cache.retries)
+    if web := next((place for place in places if place.startswith(("http://", "https://"))), None):
+        raise DataError(f"{web}: a web server takes no files; write {INDEX} where it has its files from")
+    label_member(label_key)
+    fresh = IndexFile(label_key=label_key or "cls", classes=None if classes is None else tuple(classes), shards={})
+    folders = {folder: listed(folder, cache, None) for folder in dict.fromkeys(map(folder_of, places))}
+    for folder, before in folders.items():
+        if before and (before.label_key, before.classes) != (fresh.label_key, fresh.classes):
+            raise DataError(
+                f"{folder}/{INDEX} has label_key={before.label_key} and {len(before.classes or ())} class names, not"
+                f" label_key={fresh.label_key} and {len(fresh.classes or ())}; give the same, or remove it"
+            )
+    rows = dict(zip(places, _all(places, lambda place: _read_whole(place, cache, label_key), "read"), strict=True))
+    written = []
+    for folder, before in folders.items():
+        shards = dict(before.shards) if before else {}
+        shards |= {base_name(place): row for place, row in rows.items() if folder_of(place) == folder}
+        file = IndexFile(label_key=fresh.label_key, classes=fresh.classes, shards=shards)
+        written.append(_write(f"{folder}/{INDEX}", dump_index(file), cache.retries))
+    return written
+
+
+def _read_whole(place: str, cache: ShardCache, label_key: str | None) -> tuple[int, str, ShardIndex]:
+    remote = describe(place, cache.retries) if is_remote(place) else None
+    shard = Shard(place=place, size=remote.size if remote else _state(place).st_size, remote=remote)
+    whole, at = hashlib.sha256(), 0
+    with _reading(shard, cache) as fd:
+        index = scan_shard(fd, shard.size, place, label_key)
+        while data := os.pread(fd, 1 << 22, at):
+            whole.update(data)
+            at += len(data)
+    return shard.size, whole.hexdigest(), index
+
+
+def _write(place: str, data: bytes, retries: int) -> str:
+    if is_remote(place):
+        retry(place, retries, lambda: filesystem(place).pipe_file(place, data))
+        return place
+    try:
+        write_whole(Path(place), data)
+    except OSError as error:
+        raise DataError(f"{place} cannot be written: {error.strerror}; free space or allow it") from error
+    return place

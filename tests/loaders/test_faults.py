@@ -1,0 +1,122 @@
+"""Damaged images in every backend: 200 mutated JPEGs, a worker that dies, a decoder that fails after all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastsimclr.loaders import dali as dali_module
+from fastsimclr.loaders.data import DataConfig, LoaderName
+from fastsimclr.loaders.draw import Policy
+from fastsimclr.loaders.loader import EvalLoader, Loader, TrainLoader
+from fastsimclr.loaders.sets import FileSource
+from fastsimclr.loaders.source import DataError
+from tests.loaders.mutate import KINDS, Deadly, check, drawn, expected, make_beton, make_files
+
+NEEDS_DALI = pytest.mark.needs("nvidia.dali")
+POLICY = Policy(size=16, normalise="none")
+
+
+@pytest.fixture(scope="module")
+def mutated(imagenet_samples: Path, tmp_path_factory: pytest.TempPathFactory) -> FileSource:
+    """200 files, of which every eighth is undamaged; half of them were real."""
+    real = [path.read_bytes() for path in sorted(imagenet_samples.iterdir())[:60] if path.stat().st_size < 100_000]
+    return make_files(tmp_path_factory.mktemp("mutated"), 200, real)
+
+
+def test_the_mutations_are_as_hard_as_they_should_be(mutated: FileSource) -> None:
+    bad, _ = expected(mutated)
+    share = {kind: np.mean([k in bad for k in range(i, 200, len(KINDS))]) for i, kind in enumerate(KINDS)}
+    assert share["sound"] == share["png"] == 0
+    assert share["magic"] == share["empty"] == share["huge"] == 1
+    assert share["truncated"] > 0.8 and 0.3 < share["flipped"] < 1 and 0.3 < share["header"] < 1
+
+
+@pytest.mark.parametrize("loader", ["native", "resident", "torchvision", pytest.param("dali", marks=NEEDS_DALI)])
+def test_damage_is_named_counted_and_replaced(mutated: FileSource, loader: LoaderName) -> None:
+    assert check(mutated, loader) == len(expected(mutated)[0]) > 100
+
+
+@pytest.mark.needs("ffcv")
+def test_damage_in_a_beton_is_named_counted_and_replaced(mutated: FileSource, tmp_path: Path) -> None:
+    packed = make_beton(tmp_path / "mutated.beton", mutated)
+    assert check(packed, "ffcv") == check(packed, "native") > 100
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> FileSource:
+    """40 sound files."""
+    names = [f"{k:02}.jpg" for k in range(40)]
+    for name, data in zip(names, drawn(40), strict=True):
+        (tmp_path / name).write_bytes(data)
+    return FileSource("files", tmp_path, names, [0] * 40, np.arange(40), [str(k) for k in range(40)])
+
+
+def crops(loader: Loader) -> Loader:
+    loader.cut(POLICY, 0, 2)
+    return loader
+
+
+@pytest.mark.parametrize("loader", ["torchvision", pytest.param("dali", marks=NEEDS_DALI)])
+def test_too_many_and_none_readable(files: FileSource, loader: LoaderName) -> None:
+    for k in (3, 30):
+        (files.root / files.names[k]).write_bytes(b"\xff\xd8 no more")
+    config = DataConfig(loader=loader, threads=2, max_bad_fraction=0.04)
+    with pytest.raises(DataError, match=r"at least 2 of 40 images are damaged, over data.max_bad_fraction=0.04"):
+        list(crops(TrainLoader(files, config, batch=40, seed=0, stop=1)))
+    # A second loader of the same source knows of them, and so does an evaluation.
+    again = crops(EvalLoader(files, DataConfig(loader=loader, threads=2, max_bad_fraction=0.05), batch=40))
+    assert [len(batch) for batch in again] == [38] and sorted(again.bad) == [3, 30]
+    for name in files.names:
+        (files.root / name).write_bytes(b"")
+    empty = FileSource("empty", files.root, files.names, files.sizes.tolist(), files.labels, files.classes)
+    for run in (TrainLoader(empty, config, batch=8, seed=0, stop=1), EvalLoader(empty, config, batch=8)):
+        with pytest.raises(DataError, match="damaged"):
+            list(crops(run))
+
+
+@pytest.mark.parametrize("loader", ["torchvision", pytest.param("dali", marks=NEEDS_DALI)])
+def test_each_image_is_decoded_strictly_once(
+    files: FileSource, loader: LoaderName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    for run in (1, 2):
+        train = crops(TrainLoader(files, DataConfig(loader=loader, threads=2), batch=10, seed=run, stop=8))
+        strict = train.reader.decode
+
+        def counted(index, *rest, strict=strict):  # type: ignore[no-untyped-def]
+            seen.append(index)
+            return strict(index, *rest)
+
+        monkeypatch.setattr(train.reader, "decode", counted)
+        assert sum(len(batch) for batch in train) == 80
+    assert sorted(seen) == list(range(40))
+    seen.clear()
+    packed = FileSource("packed", files.root, files.names, files.sizes.tolist(), files.labels, files.classes)
+    packed.verified = True  # type: ignore[attr-defined]
+    train = crops(TrainLoader(packed, DataConfig(loader=loader, threads=2), batch=10, seed=0, stop=4))
+    monkeypatch.setattr(train.reader, "decode", counted)
+    assert sum(len(batch) for batch in train) == 40 and not seen
+
+
+def test_a_worker_that_dies_is_a_named_error(files: FileSource) -> None:
+    deadly = Deadly("deadly", files.root, files.names, files.sizes.tolist(), files.labels, files.classes)
+    deadly.deadly = 17
+    train = crops(TrainLoader(deadly, DataConfig(loader="torchvision", threads=2), batch=10, seed=0, stop=9))
+    with pytest.raises(RuntimeError, match=r"loader=torchvision: a worker process died .* use loader=native"):
+        list(train)
+
+
+@NEEDS_DALI
+def test_a_pipeline_that_dies_is_a_named_error(files: FileSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = dali_module._file
+
+    def broken(data, plain, job, index):  # type: ignore[no-untyped-def]
+        return np.frombuffer(b"\xff\xd8 damaged since", np.uint8) if index == 17 else original(data, plain, job, index)
+
+    monkeypatch.setattr(dali_module, "_file", broken)
+    train = crops(TrainLoader(files, DataConfig(loader="dali", threads=2), batch=10, seed=0, stop=9))
+    with pytest.raises(DataError, match=r"DALI failed on a batch of 10 images, from .*\.jpg to .*use loader=native"):
+        list(train)
