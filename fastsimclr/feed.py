@@ -73,8 +73,11 @@ class Feed:
         self._closed = threading.Event()
         if isinstance(batches, Loader) and (batches.always_cuts or runtime.device.type == "cpu"):
             batches.cut(policy, seed, views)
+        device = runtime.device
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())  # of this thread; the other has its own
         self._thread = threading.Thread(
-            target=self._run, args=(batches, policy, seed, views, runtime.device), name="feed", daemon=True
+            target=self._run, args=(batches, policy, seed, views, device), name="feed", daemon=True
         )
         self._thread.start()
 

@@ -15,13 +15,15 @@ Implementation = Literal["fused", "reference"]
 
 LOG = logging.getLogger("fastsimclr")
 INSTALL = "pip install triton"
+LEAST = (8, 0)
+"""Compute capability: below, a block has too little shared memory for the kernels' tiles."""
 
 
 def choose(name: str, backend: Backend, device: torch.device) -> Implementation:
     """The implementation of `name` for tensors on `device`: fused (Triton) or reference (torch operations).
 
-    "auto" is fused on CUDA where triton is installed, else reference. "fused" elsewhere needs Triton's interpreter,
-    that is TRITON_INTERPRET=1 in the environment before triton is imported: slow, for tests.
+    "auto" is fused on CUDA from compute capability 8.0 where triton is installed, else reference. "fused" elsewhere
+    needs Triton's interpreter, that is TRITON_INTERPRET=1 in the environment before triton is imported: for tests.
     Raises ValueError where a backend is unknown or asked for and not to be had.
     """
     if backend not in get_args(Backend):
@@ -32,6 +34,10 @@ def choose(name: str, backend: Backend, device: torch.device) -> Implementation:
         if backend == "fused":
             raise ValueError(f"backend=fused needs triton for {name}, which is not installed; {INSTALL}")
         _say_once(f"{name}: triton is not installed, so the slower torch operations are used; {INSTALL}")
+        return "reference"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST:
+        if backend == "fused":
+            raise ValueError(f"backend=fused needs compute capability {LEAST} for {name}, {device} has less; use auto")
         return "reference"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(

@@ -184,10 +184,12 @@ class RanksPool:
         command = [sys.executable, "-W", "error", str(worker), self._folder.name, str(control.fileno())]
         command += [f"{world}:{pair[1].fileno()}" for world, pair in pairs]
         one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        on_cpu = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
         root = str(worker.parents[1])
         self._process = subprocess.Popen(
             command,
-            env={**os.environ, **one, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": root},
+            # Ranks are CPU processes everywhere, whose fused kernels are interpreted.
+            env={**os.environ, **one, **on_cpu, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": root},
             pass_fds=[pipe.fileno() for pipe in theirs],
             start_new_session=True,
         )

@@ -120,7 +120,15 @@ def measure_work(work: Work, rounds: int, round_ms: float, device: torch.device)
     for turn in range(rounds + 1):
         for candidate in running:
             call, timed, _ = calls[candidate.name]
-            laps = _turn(call, timed, counts[candidate.name], device)
+            if candidate.name in reasons:
+                continue
+            try:
+                laps = _turn(call, timed, counts[candidate.name], device)
+            except Exception as error:  # memory that was enough before, say; the other rows must not be lost
+                if candidate.ours:
+                    raise
+                reasons[candidate.name] = f"failed in round {turn}: {_first_line(error)}"
+                continue
             done = Round(images=candidate.items * len(laps), seconds=sum(laps), step_s=laps, phase_s={})
             turns[candidate.name].append(done)
             each = done.seconds / len(done.step_s)
@@ -130,7 +138,7 @@ def measure_work(work: Work, rounds: int, round_ms: float, device: torch.device)
             LOG.info("%s: %s: %s: %.4g ms a call", work.name, what, candidate.name, 1e3 * each)
     rows = [
         _row(work, candidate, turns[candidate.name], *calls[candidate.name][1:])
-        if candidate.name in calls
+        if candidate.name not in reasons
         else _missing(work, candidate, reasons[candidate.name])
         for candidate in work.candidates
     ]

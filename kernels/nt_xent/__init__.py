@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastsimclr.kernels.backend import Backend, Implementation, choose
-from fastsimclr.kernels.nt_xent.layout import MOST_DIMENSIONS
+from fastsimclr.kernels.nt_xent.layout import AUTO_DIMENSIONS, MOST_DIMENSIONS
 from fastsimclr.kernels.nt_xent.op import nt_xent_op
 
 __all__ = ["NtXent", "Scaling", "nt_xent"]
@@ -24,8 +24,8 @@ class NtXent(NamedTuple):
 
     loss: float32 (float64 for float64 projections), with gradient.
     top1, top5: float32, no gradient: the fraction of rows with no, or fewer than five, negatives that are at least as
-    similar as the positive. Ties count against it, so that collapsed projections do not look perfect; fused, whose
-    vectors are fp16, a negative counts as a tie down to 1e-5 (in cosine) below.
+    similar as the positive. Ties count against it, so that collapsed projections do not look perfect; down to 1e-5 (in
+    cosine) below the positive is a tie.
     """
 
     loss: Tensor
@@ -56,8 +56,9 @@ def nt_xent(
     gradient; the same on all ranks.
     scaling: "paper" is the mean over the 2N rows; "google" is mean(CE_a) + mean(CE_b), twice as much.
     block_rows: rows the reference works on at once, chosen by a memory budget when None.
-    backend: "auto" takes the fused kernels on CUDA for x of float32, float16 or bfloat16 with D <= 2048, and else the
-    reference, in torch operations; "fused" and "reference" insist. The fused kernels hold z as fp16, sum in float32.
+    backend: "auto" takes the fused kernels on CUDA for x of float32, float16 or bfloat16 with D <= 512, and else the
+    reference, in torch operations; "fused" (D <= 2048) and "reference" insist. The fused kernels hold z as fp16 and sum
+    in float32.
     group: the ranks that share a global batch; x is then this rank's own [2N, D], of the same shape on all. Its rows
     meet the rows of all W ranks. Its gradient is W times that of the global mean, so that DDP's average of the ranks is
     exact, the temperature's likewise. loss, top1 and top5 are means over the own rows; their mean over the ranks is
@@ -122,4 +123,4 @@ def _implementation(x: Tensor, backend: Backend) -> Implementation:
                 f" bfloat16 with up to {MOST_DIMENSIONS}; use backend=reference or auto"
             )
         return "reference"
-    return implementation
+    return "reference" if backend == "auto" and x.shape[1] > AUTO_DIMENSIONS else implementation

@@ -9,6 +9,7 @@ block works out its complete gradient, so the backward exchanges nothing between
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -235,9 +236,13 @@ def variants() -> list[Variant]:
         found.append(_variant(f"pack {x} P {width}", programs.pack, small, {"PAIRED": True, **block}, x=x))
         constants = {"ONLINE": False, **block}
         found.append(_variant(f"finish_backward {x} P {width}", programs.finish_backward, small, constants, x=x))
-    for online in (False, True):
-        constants = {"ONLINE": online, "WEIGHTED": online, "B": FINISH_ROWS}
-        words = "online weighted" if online else "fixed"
+    block = {"P": DEEP, "B": PACK_ELEMENTS // DEEP, "E": DEEP}
+    found.append(_variant(f"pack bank fp32 P {DEEP}", programs.pack, small, {"PAIRED": False, **block}))
+    constants = {"ONLINE": True, **block}
+    found.append(_variant(f"finish_backward online fp32 P {DEEP}", programs.finish_backward, small, constants))
+    for online, weighted in itertools.product((False, True), repeat=2):
+        constants = {"ONLINE": online, "WEIGHTED": weighted, "B": FINISH_ROWS}
+        words = f"{'online' if online else 'fixed'}{' weighted' if weighted else ''}"
         found.append(_variant(f"finish_forward {words}", programs.finish_forward, small, constants))
     found.append(_variant("totals", programs.totals, small, {"B": TOTAL_BLOCKS}))
     return found
@@ -248,7 +253,7 @@ def _variant(name: str, kernel: Any, tile: Tile, constants: dict[str, Any], x: s
     types = dict.fromkeys((*programs.SIZES, "parts", "rows", "blocks", "dim"), "i32")
     types |= {"k": "fp32", "factor": "fp32", "z": "*fp16", "x": f"*{x}", "dx": f"*{x}"}
     signature = {arg: types.get(arg, "*fp32") for arg in kernel.arg_names if arg not in constants}
-    aligned = [arg for arg, kind in signature.items() if kind.startswith("*") or arg == "bank_start"]
+    aligned = [arg for arg, kind in signature.items() if kind.startswith("*") or arg == "dim"]
     return Variant(
         name=f"nt_xent.{name}", kernel=kernel, signature=signature, constants=constants, aligned=aligned,
         warps=tile.warps, stages=tile.stages, **more,

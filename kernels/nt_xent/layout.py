@@ -8,6 +8,9 @@ TILE = 128
 """Rows of all ranks and rows of the bank are each padded to a multiple of this, the widest tile of columns."""
 MOST_DIMENSIONS = 2048
 """Wider projections go to the reference: a program holds a whole row where it normalises."""
+AUTO_DIMENSIONS = 512
+"""Above this the fused backward, which computes the similarities anew for each CHUNK of dimensions, loses to the
+reference's products."""
 DEEP = 128
 """Up to this P a program holds its rows' whole vectors; above, it walks through them in CHUNKs."""
 CHUNK = 64

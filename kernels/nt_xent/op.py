@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # type: i
 from fastsimclr.kernels.gather import gather
 from fastsimclr.kernels.nt_xent import reference
 from fastsimclr.kernels.nt_xent.state import State
+from fastsimclr.kernels.precision import full_precision
 
 
 def _implementation(name: str) -> ModuleType:
@@ -61,7 +63,8 @@ def nt_xent_op(
         weights = weights.repeat(2)
     t = temperature if temperature_tensor is None else temperature_tensor
     run = _implementation(implementation).forward
-    loss, top1, top5, state = run(x, t, weights, bank, factor, block_rows, ranks)
+    with full_precision(x.device):
+        loss, top1, top5, state = run(x, t, weights, bank, factor, block_rows, ranks)
     return loss, top1, top5, *state
 
 
@@ -123,7 +126,8 @@ def nt_xent_backward_op(
     state = State(z, inverse, column, pull, largest, slope)
     run = _implementation(implementation).backward
     if implementation == "reference":
-        dx, dt = run(upstream, state, t, factor, block_rows, first, dtype)
+        with full_precision(z.device):
+            dx, dt = run(upstream, state, t, factor, block_rows, first, dtype)
     else:
         dx, dt = run(upstream, state, t, factor, first, dtype, world, dim, bank_rows)
     return dx, dt
@@ -174,16 +178,18 @@ def _gradient(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
 nt_xent_op.register_autograd(_gradient, setup_context=_remember)
 
 
-_agreed: dict[dist.ProcessGroup, tuple[int, ...]] = {}
+_agreed: WeakKeyDictionary[dist.ProcessGroup, tuple[int, ...]] = WeakKeyDictionary()
 
 
 def _check_ranks(x: Tensor, group: dist.ProcessGroup) -> None:
-    """Compare the ranks' shapes, once and whenever this rank's changes: to read them waits for the device."""
+    """Compare the ranks' shapes, once and whenever this rank's changes: to read them waits for the device.
+
+    A rank whose own shape stays does not ask, so ranks must change in the same step, as this project's loaders do.
+    """
     width = 8 if x.dtype == torch.float64 else 4  # half precision is worked on in float32
     shape = (*x.shape, width)
     if _agreed.get(group) == shape:
         return
-    _agreed.clear()  # of groups that are gone, too
     for rank, other in enumerate(gather(torch.tensor(shape, device=x.device), group).tolist()):
         if tuple(other) != shape:
             mine = dist.get_rank(group)

@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+TIE = 1e-5
+"""A negative this little below the positive, in cosine, counts as a tie: the two are summed in different orders."""
 FIXED_MAXIMUM_TEMPERATURE = 0.025
 """From here up exp(-2/t) >= exp(-80) is a normal float32, so 1/t serves as the maximum of every row."""
 
@@ -23,21 +25,21 @@ def maximum_is_fixed(temperature: float | Tensor) -> bool:
 
 
 def row_statistics_of_all(
-    z_MD: Tensor, z_CD: Tensor, positive_M: Tensor, first: int | None, temperature: float | Tensor, rows: int
+    z_MD: Tensor, z_CD: Tensor, bound_M: Tensor, first: int | None, temperature: float | Tensor, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Per row: log of the sum of exp(s - 1/t) over its negatives, and how many of the C lie below its positive.
+    """Per row: log of the sum of exp(s - 1/t) over its negatives, and how many of the C lie below its bound.
 
     The row itself and its positive count as below.
     """
     m = len(z_MD)
     fixed = maximum_is_fixed(temperature)
-    total_M, below_M = torch.empty_like(positive_M), torch.empty_like(positive_M)
+    total_M, below_M = torch.empty_like(bound_M), torch.empty_like(bound_M)
     buffer, flags = z_CD.new_empty(min(rows, m) * len(z_CD)), z_CD.new_empty(min(rows, m) * len(z_CD))
     for start in range(0, m, rows):
         stop = min(start + rows, m)
         s_BC = _similarities(z_MD, z_CD, first, start, stop, temperature, buffer)
         below_BC = flags[: s_BC.numel()].view_as(s_BC)
-        below_M[start:stop] = torch.lt(s_BC, positive_M[start:stop, None], out=below_BC).sum(1)
+        below_M[start:stop] = torch.lt(s_BC, bound_M[start:stop, None], out=below_BC).sum(1)
         total_M[start:stop] = s_BC.exp_().sum(1) if fixed else s_BC.logsumexp(1)
     return (total_M.log() if fixed else total_M), below_M
 

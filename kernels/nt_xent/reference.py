@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastsimclr.kernels.gather import gather, gather_in_place
 from fastsimclr.kernels.nt_xent.rectangular import (
+    TIE,
     add_negatives_of_all,
     maximum_is_fixed,
     row_statistics_of_all,
@@ -66,13 +67,14 @@ def forward(
     if bank is not None:
         _normalise(bank.to(x_MD.dtype), z_KD)
     positive_M = ((z_MD[:n] * z_MD[n:]).sum(1) - 1).div_(temperature).repeat(2)
+    bound_M = positive_M - TIE / temperature
     if group is None:
-        negatives_M, below_M = _row_statistics(z_MD, positive_M, temperature, rows)
+        negatives_M, below_M = _row_statistics(z_MD, bound_M, temperature, rows)
     else:
         gather_in_place(z_AD, group)
-        negatives_M, below_M = row_statistics_of_all(z_MD, z_AD, positive_M, first, temperature, rows)
+        negatives_M, below_M = row_statistics_of_all(z_MD, z_AD, bound_M, first, temperature, rows)
     if bank is not None:
-        more_M, below_bank_M = row_statistics_of_all(z_MD, z_KD, positive_M, None, temperature, rows)
+        more_M, below_bank_M = row_statistics_of_all(z_MD, z_KD, bound_M, None, temperature, rows)
         negatives_M, below_M = torch.logaddexp(negatives_M, more_M), below_M + below_bank_M
     margin_M = negatives_M - positive_M
     loss_M, pull_M = torch.logaddexp(margin_M, torch.zeros_like(margin_M)), margin_M.sigmoid()
@@ -156,7 +158,7 @@ def _similarities(z_MD: Tensor, start: int, rows: int, temperature: float | Tens
     return s_BC
 
 
-def _row_statistics(z_MD: Tensor, positive_M: Tensor, temperature: float | Tensor, rows: int) -> tuple[Tensor, Tensor]:
+def _row_statistics(z_MD: Tensor, bound_M: Tensor, temperature: float | Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Per row: log of the sum of exp(s - 1/t) over its negatives, and how many entries lie below its positive."""
     m = z_MD.shape[0]
     fixed = maximum_is_fixed(temperature)
@@ -168,8 +170,8 @@ def _row_statistics(z_MD: Tensor, positive_M: Tensor, temperature: float | Tenso
         stop = min(start + rows, m)
         s_BC = _similarities(z_MD, start, rows, temperature, buffer)
         below_BC = flags[: s_BC.numel()].view_as(s_BC)
-        below_M[start:stop] += torch.lt(s_BC, positive_M[start:stop, None], out=below_BC).sum(1)
-        below_M[stop:] += torch.lt(s_BC, positive_M[start:], out=below_BC)[:, stop - start :].sum(0)
+        below_M[start:stop] += torch.lt(s_BC, bound_M[start:stop, None], out=below_BC).sum(1)
+        below_M[stop:] += torch.lt(s_BC, bound_M[start:], out=below_BC)[:, stop - start :].sum(0)
         if fixed:
             e_BC = s_BC.exp_()
             total_M[start:stop] += e_BC.sum(1)

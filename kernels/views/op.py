@@ -133,11 +133,9 @@ def render(pixels: Pixels, params: Params, look: Look, backend: Backend) -> Tens
         if tensor is not None:
             kind = torch.int64 if name in ("offsets", "ids") else torch.int32
             _expect(name, tensor, kind, (pixels.chosen if name == "ids" else pixels.images,), device)
-    implementation = choose("views", backend, device)
-    if dtype == torch.float64 and implementation == "fused":
-        if backend == "fused":
-            raise ValueError("backend=fused gives float16, bfloat16 or float32 views, not float64; use backend=auto")
-        implementation = "reference"
+    if dtype == torch.float64 and backend == "fused":
+        raise ValueError("backend=fused gives float16, bfloat16 or float32 views, not float64; use backend=auto")
+    implementation = "reference" if dtype == torch.float64 else choose("views", backend, device)
     rows = params.source.shape[0]
     for name, (kind, numbers) in FIELDS.items():
         shape = (rows, numbers) if numbers else (rows,)
@@ -199,7 +197,7 @@ def make_views_op(
         return _blank(buffer, 0, size, dtype)
     if buffer.device.type == "cpu":
         check_rows(pixels, params)
-    elif not pixels.chosen or not buffer.numel():
+    elif not pixels.chosen or not pixels.images or not buffer.numel():
         return _blank(buffer, len(params.source), size, dtype).fill_(torch.nan)
     if implementation == "fused":
         from fastsimclr.kernels.views import fused

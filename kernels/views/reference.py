@@ -8,12 +8,10 @@ cutout. Those of SimCLR in its order (arXiv 2002.05709, appendix A), the rest of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-
 import torch
 from torch import Tensor
 
+from fastsimclr.kernels.precision import full_precision
 from fastsimclr.kernels.views import colour, stencil
 from fastsimclr.kernels.views.inputs import Brightness, Images, Params, Semantics, Triple
 from fastsimclr.kernels.views.noise import add_noise
@@ -22,22 +20,6 @@ from fastsimclr.kernels.views.resample import axis_weights, gather_windows, quar
 # Bytes of one temporary of a chunk: within the cache of a core, or small beside the memory of an accelerator.
 _CHUNK_BYTES = {"cpu": 1 << 20}
 _CHUNK_BYTES_ELSEWHERE = 1 << 29
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """float32 products stay float32: no autocast, no TF32, whatever the training step has chosen for itself."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        has_autocast = torch.amp.is_autocast_available(device.type)
-        with torch.autocast(device.type, enabled=False) if has_autocast else nullcontext():
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def make_views(

@@ -231,10 +231,15 @@ def test_zero_vector_has_zero_gradient_and_counts_as_orthogonal() -> None:
     assert nt_xent(x, 0.1).loss.item() == pytest.approx(algorithm_1(padded, 0.1)[0], rel=1e-12)
 
 
-def test_collapsed_projections_are_no_success() -> None:
-    out = nt_xent(torch.ones(64, 4), 0.5)
-    assert out.loss.item() == pytest.approx(math.log(63), rel=1e-6)
-    assert out.top5.item() < 1
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bank", [False, True])
+def test_collapsed_projections_are_no_success(seed: int, dtype: torch.dtype, bank: bool) -> None:
+    """In a direction whose values round, so that products in different orders differ in the last digit."""
+    one = torch.randn(1, 128, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    out = nt_xent(one.expand(64, 128), 0.1, bank=one.expand(9, 128) if bank else None)
+    assert out.loss.item() == pytest.approx(math.log(72 if bank else 63), rel=1e-5)
+    assert out.top1.item() == out.top5.item() == 0
 
 
 def test_one_pair_has_no_negatives() -> None:
