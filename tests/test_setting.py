@@ -85,7 +85,7 @@ def test_damage_found_in_a_part_is_measured_on_that_part(tmp_path: Path) -> None
     (damaged,) = setting.data_facts()["damaged"].values()
     assert len(damaged) >= 1
     strict = Setting(replace(DIGITS, data=replace(data, max_bad_fraction=0.01)))
-    with pytest.raises(DataError, match=r"at least 1 of \d+ images are damaged"):
+    with pytest.raises(DataError, match=r"at least [12] of \d+ images are damaged"):
         list(strict.passes(strict.splits.unlabelled))
 
 
