@@ -5,14 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
 from fastsimclr.kernels.backend import Backend, Implementation, choose
-from fastsimclr.kernels.lars.inputs import alike, check_numbers, check_scalar, check_tensors
-from fastsimclr.kernels.lars.reference import Variant, lars_step_reference
+from fastsimclr.kernels.lars.inputs import Rule, Tensors, Variant, alike, check_numbers, check_scalar, check_tensors
+from fastsimclr.kernels.lars.reference import lars_step_reference
 
 __all__ = ["Variant", "implementation", "lars_step"]
 
@@ -130,22 +130,10 @@ def _lars_step(
     step = lars_step_reference
     if which == "fused":
         from fastsimclr.kernels.lars.fused import lars_step_fused as step
+    rate = lr if lr_tensor is None else lr_tensor
     step(
-        params,
-        grads,
-        momenta,
-        halves,
-        lr=lr if lr_tensor is None else lr_tensor,
-        weight_decay=weight_decay,
-        l2=l2,
-        lr_scale=lr_scale,
-        excluded=excluded,
-        momentum=momentum,
-        trust=trust,
-        eps=eps,
-        variant=variant,  # type: ignore[arg-type]
-        inverse_scale=inverse_scale,
-        found_inf=found_inf,
+        Tensors(params, grads, momenta, halves, weight_decay, l2, lr_scale, excluded),
+        Rule(rate, momentum, trust, cast(Variant, variant), eps, inverse_scale, found_inf),
     )
 
 

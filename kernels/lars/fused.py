@@ -8,7 +8,6 @@ g = inv_scale grad + l2 w; u = g + decay w; google: r = c |w| / |u|; lightly: r 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsimclr.kernels.ahead import Variant as Compiled
-from fastsimclr.kernels.lars.reference import Variant
+from fastsimclr.kernels.lars.inputs import Rule, Tensors
 from fastsimclr.kernels.lars.table import BLOCK, COPY_KINDS, GRAD_KINDS, MAX_CHUNKS, WORDS, table
 
 WARPS = 8
@@ -173,32 +172,17 @@ def lars_update(  # type: ignore[no-untyped-def]
 
 
 @torch.no_grad()
-def lars_step_fused(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    copies: Sequence[Tensor | None],
-    *,
-    lr: float | Tensor,
-    weight_decay: Sequence[float],
-    l2: Sequence[float],
-    lr_scale: Sequence[float],
-    excluded: Sequence[bool],
-    momentum: float,
-    trust: float,
-    variant: Variant,
-    eps: float,
-    inverse_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
+def lars_step_fused(tensors: Tensors, rule: Rule) -> None:
     """One LARS step as `lars_step` says it, of tensors that were checked: two launches on the current stream.
 
     The CPU waits for nothing. Where addresses or scalars are new, one copy of the table comes before the launches.
     """
+    params, grads, momenta, copies, weight_decay, l2, lr_scale, excluded = tensors
+    lr, momentum, trust, variant, eps, inverse_scale, found_inf = rule
     lengths = tuple(map(Tensor.numel, params))
     if not any(lengths):
         return
-    addresses = [tuple(map(Tensor.data_ptr, tensors)) for tensors in (params, grads, momenta)]
+    addresses = [tuple(map(Tensor.data_ptr, column)) for column in (params, grads, momenta)]
     addresses.append(tuple([0 if c is None else c.data_ptr() for c in copies]))
     kinds = tuple(
         [

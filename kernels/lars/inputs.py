@@ -4,15 +4,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+Variant = Literal["google", "lightly"]
 MASTERS = (torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
 _KNOWN: dict[Any, None] = {}
 """What was found right, by strides, sizes, devices and dtypes: these stay while addresses change."""
+
+
+class Tensors(NamedTuple):
+    """T tensors and what each has of its own, as `lars_step` says it."""
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    momenta: Sequence[Tensor]
+    copies: Sequence[Tensor | None]
+    weight_decay: Sequence[float]
+    l2: Sequence[float]
+    lr_scale: Sequence[float]
+    excluded: Sequence[bool]
+
+    def part(self, rows: slice) -> Tensors:
+        """Some of them."""
+        columns: Any = (column[rows] for column in self)
+        return Tensors(*columns)
+
+
+class Rule(NamedTuple):
+    """What holds for all tensors of a step, as `lars_step` says it."""
+
+    lr: float | Tensor
+    momentum: float
+    trust: float
+    variant: Variant
+    eps: float
+    inverse_scale: Tensor | None
+    found_inf: Tensor | None
 
 
 def alike(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:

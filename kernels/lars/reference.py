@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-Variant = Literal["google", "lightly"]
+from fastsimclr.kernels.lars.inputs import Rule, Tensors, Variant
+
 T = TypeVar("T")
 
 _ELEMENTS = {"cpu": 1 << 18}
@@ -19,30 +20,14 @@ _ELEMENTS_ELSEWHERE = 1 << 62
 
 
 @torch.no_grad()
-def lars_step_reference(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    copies: Sequence[Tensor | None],
-    *,
-    lr: float | Tensor,
-    weight_decay: Sequence[float],
-    l2: Sequence[float],
-    lr_scale: Sequence[float],
-    excluded: Sequence[bool],
-    momentum: float,
-    trust: float,
-    variant: Variant,
-    eps: float,
-    inverse_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
+def lars_step_reference(tensors: Tensors, rule: Rule) -> None:
     """One LARS step as `lars_step` says it, of tensors that were checked; in place, and nothing is synced.
 
     About 20 foreach operations, and one small launch more for each adapted tensor: foreach has no fast form of lists
     times 0-dim tensors. With `found_inf` two more a tensor: what was there before is kept, and chosen on the device.
     On a CPU a few tensors at a time, so that what one operation writes is in the cache for the next.
     """
+    params = tensors.params
     limit = _ELEMENTS.get(params[0].device.type, _ELEMENTS_ELSEWHERE) if params else 0
     start = 0
     while start < len(params):
@@ -50,44 +35,13 @@ def lars_step_reference(
         while stop < len(params) and count + params[stop].numel() <= limit:
             count += params[stop].numel()
             stop += 1
-        part = slice(start, stop)
-        _step(
-            params[part],
-            grads[part],
-            momenta[part],
-            copies[part],
-            lr,
-            weight_decay[part],
-            l2[part],
-            lr_scale[part],
-            excluded[part],
-            momentum,
-            trust,
-            variant,
-            eps,
-            inverse_scale,
-            found_inf,
-        )
+        _step(tensors.part(slice(start, stop)), rule)
         start = stop
 
 
-def _step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    copies: Sequence[Tensor | None],
-    lr: float | Tensor,
-    weight_decay: Sequence[float],
-    l2: Sequence[float],
-    lr_scale: Sequence[float],
-    excluded: Sequence[bool],
-    momentum: float,
-    trust: float,
-    variant: Variant,
-    eps: float,
-    inverse_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
+def _step(tensors: Tensors, rule: Rule) -> None:
+    params, grads, momenta, copies, weight_decay, l2, lr_scale, excluded = tensors
+    lr, momentum, trust, variant, eps, inverse_scale, found_inf = rule
     params, momenta = list(params), list(momenta)
     written = [*params, *momenta, *(c for c in copies if c is not None)]
     before = [] if found_inf is None else [t.clone() for t in written]

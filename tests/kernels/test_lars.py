@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsimclr.kernels.lars import Variant, lars_step
+from fastsimclr.kernels.lars.inputs import Rule, Tensors
 from fastsimclr.kernels.lars.reference import lars_step_reference
 
 Array = NDArray[np.float64]
@@ -97,21 +98,17 @@ def test_few_operators_and_no_wait_for_the_device(variant: Variant) -> None:
         momenta = [torch.zeros_like(p) for p in params]
         with Operators() as seen:
             lars_step_reference(
-                params,
-                grads,
-                momenta,
-                [None] * len(params),
-                lr=torch.tensor(0.1),
-                weight_decay=[1e-4, 1e-3] * (len(params) // 2),
-                l2=[0.1] * len(params),
-                lr_scale=[0.5] * len(params),
-                excluded=EXCLUDED * copies,
-                momentum=0.9,
-                trust=0.001,
-                variant=variant,
-                eps=1e-8,
-                inverse_scale=torch.tensor(0.5),
-                found_inf=None,
+                Tensors(
+                    params,
+                    grads,
+                    momenta,
+                    [None] * len(params),
+                    weight_decay=[1e-4, 1e-3] * (len(params) // 2),
+                    l2=[0.1] * len(params),
+                    lr_scale=[0.5] * len(params),
+                    excluded=EXCLUDED * copies,
+                ),
+                Rule(torch.tensor(0.1), 0.9, 0.001, variant, 1e-8, torch.tensor(0.5), found_inf=None),
             )
         assert not {"_local_scalar_dense", "item", "is_nonzero", "nonzero"} & set(seen.names)
         counts.append(len(seen.names))
