@@ -3,16 +3,16 @@
 if __name__ != "fastsimclr.loaders":
     raise ImportError(f"import fastsimclr.loaders, not {__name__}: the folder loaders/ is part of that package")
 
+from fastsimclr.loaders.backends.resident import Resident, free_bytes, hold, thread_count
 from fastsimclr.loaders.batch import Batch, Ragged
 from fastsimclr.loaders.data import DataConfig, Splits, label_subset, open_data
 from fastsimclr.loaders.draw import Policy, ViewParams, draw
 from fastsimclr.loaders.faults import too_many_damaged
 from fastsimclr.loaders.loader import EvalLoader, Loader, TrainLoader, backend_name
 from fastsimclr.loaders.order import Order, epoch_order, rank_positions, steps_per_run
-from fastsimclr.loaders.resident import Resident, free_bytes, hold, thread_count
-from fastsimclr.loaders.sets import ArraySource, FileSource, Relabelled, Subset
+from fastsimclr.loaders.sets.basic import ArraySource, FileSource, Relabelled, Subset
+from fastsimclr.loaders.sets.splits import hold_out
 from fastsimclr.loaders.source import DataError, Source
-from fastsimclr.loaders.splits import hold_out
 
 __all__ = [
     "ArraySource",

@@ -9,15 +9,15 @@ from typing import Literal
 
 import numpy as np
 
-from fastsimclr.loaders.cache import GIB, ShardCache, default_cache
+from fastsimclr.loaders.beton.opening import open_packed
 from fastsimclr.loaders.decode import MAX_PIXELS
-from fastsimclr.loaders.folder import open_folder
-from fastsimclr.loaders.packed import open_packed
-from fastsimclr.loaders.sets import ArraySource, Subset, SyntheticSource, digits, torchvision_set
-from fastsimclr.loaders.shard_index import label_member
-from fastsimclr.loaders.shards import open_shard_splits
+from fastsimclr.loaders.sets.basic import ArraySource, Subset, SyntheticSource, digits, torchvision_set
+from fastsimclr.loaders.sets.folder import open_folder
+from fastsimclr.loaders.sets.splits import few_labels, hold_out
+from fastsimclr.loaders.shards.cache import GIB, ShardCache, default_cache
+from fastsimclr.loaders.shards.index import label_member
+from fastsimclr.loaders.shards.source import open_shard_splits
 from fastsimclr.loaders.source import Source
-from fastsimclr.loaders.splits import few_labels, hold_out
 
 LOG = logging.getLogger("fastsimclr")
 LoaderName = Literal["auto", "native", "resident", "dali", "dali_gpu", "ffcv", "torchvision", "synthetic"]

@@ -15,18 +15,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastsimclr.loaders import dali, ffcv
+from fastsimclr.loaders.backends import dali, ffcv
+from fastsimclr.loaders.backends.dataloader import torchvision_batches
+from fastsimclr.loaders.backends.native import native_batches
+from fastsimclr.loaders.backends.resident import Resident, thread_count
+from fastsimclr.loaders.backends.synthetic import synthetic_batches
 from fastsimclr.loaders.batch import Batch
 from fastsimclr.loaders.cut import Crops
 from fastsimclr.loaders.data import DataConfig
-from fastsimclr.loaders.dataloader import torchvision_batches
 from fastsimclr.loaders.draw import Policy
 from fastsimclr.loaders.faults import Reader
-from fastsimclr.loaders.native import native_batches
 from fastsimclr.loaders.order import Order, rank_positions
-from fastsimclr.loaders.resident import Resident, thread_count
 from fastsimclr.loaders.source import DataError, Source
-from fastsimclr.loaders.synthetic import synthetic_batches
 
 Ints = npt.NDArray[np.int64]
 

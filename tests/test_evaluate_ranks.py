@@ -17,7 +17,7 @@ from PIL import Image
 from fastsimclr import stages
 from fastsimclr.evaluate import Features, extract, knn, logistic_regression, raw_pixels, score
 from fastsimclr.loaders import DataConfig, EvalLoader, Policy
-from fastsimclr.loaders.folder import open_folder
+from fastsimclr.loaders.sets.folder import open_folder
 from fastsimclr.ranks import Ranks
 from fastsimclr.recipe import LinearConfig, Recipe, parse_recipe
 from fastsimclr.runtime import Runtime

@@ -21,8 +21,8 @@ from fastsimclr.bench.files import Files, data_loader, open_files
 from fastsimclr.bench.record import LAST, Contestant, Report, Round, Stopwatch, measure, report
 from fastsimclr.feed import Feed
 from fastsimclr.loaders import DataConfig, DataError, Policy, Resident, Source, TrainLoader, hold
+from fastsimclr.loaders.backends.resident import thread_count
 from fastsimclr.loaders.decode import decode
-from fastsimclr.loaders.resident import thread_count
 from fastsimclr.runtime import choose_runtime
 
 NOTES = (

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastsimclr.loaders import DataError, FileSource
-from fastsimclr.loaders.folder import class_folders, list_images
-from fastsimclr.loaders.lists import read_labels_csv
+from fastsimclr.loaders.sets.folder import class_folders, list_images
+from fastsimclr.loaders.sets.lists import read_labels_csv
 
 _HEADING = "path,label"
 

@@ -13,11 +13,11 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from tqdm import tqdm
 
 from fastsimclr.loaders import DataError, Source, thread_count
-from fastsimclr.loaders.beton import BetonSource
-from fastsimclr.loaders.origins import Origin, open_origin
-from fastsimclr.loaders.pack import Interrupted, Packing, pack
-from fastsimclr.loaders.recode import Recoding
-from fastsimclr.loaders.verify import damaged_blobs
+from fastsimclr.loaders.beton.origins import Origin, open_origin
+from fastsimclr.loaders.beton.pack import Interrupted, Packing, pack
+from fastsimclr.loaders.beton.reader import BetonSource
+from fastsimclr.loaders.beton.recode import Recoding
+from fastsimclr.loaders.beton.verify import damaged_blobs
 from fastsimclr.packing.report import facts, lines
 from fastsimclr.packing.sheet import write_sheet
 from fastsimclr.stopping import StopFlag, Stopped

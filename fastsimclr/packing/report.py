@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsimclr.loaders.beton import BetonSource
+from fastsimclr.loaders.beton.reader import BetonSource
 
 _EDGES = (1, 32, 64, 96, 128, 160, 192, 224, 256, 257, 320, 384, 448, 512, 768, 1024, 2048, 4096, 2**16)
 _SHOWN = 20  # of a long list, in text

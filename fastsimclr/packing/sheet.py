@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from fastsimclr.loaders import DataError
-from fastsimclr.loaders.beton import BetonSource
+from fastsimclr.loaders.beton.reader import BetonSource
 from fastsimclr.loaders.decode import decode
 
 _COLUMNS, _ROWS = 8, 6

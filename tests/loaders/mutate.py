@@ -24,13 +24,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fastsimclr.loaders.beton import BetonSource
-from fastsimclr.loaders.beton_writer import BetonWriter
+from fastsimclr.loaders.beton.reader import BetonSource
+from fastsimclr.loaders.beton.writer import BetonWriter
 from fastsimclr.loaders.data import DataConfig, LoaderName
 from fastsimclr.loaders.decode import decode
 from fastsimclr.loaders.draw import Policy, draw
 from fastsimclr.loaders.loader import EvalLoader, TrainLoader
-from fastsimclr.loaders.sets import FileSource
+from fastsimclr.loaders.sets.basic import FileSource
 from fastsimclr.loaders.source import DataError, Source
 
 Pixels = npt.NDArray[np.uint8]

@@ -18,17 +18,17 @@ from PIL import Image
 from fastsimclr.bench.crop_errors import crop_errors, exact_crop
 from fastsimclr.cli import main
 from fastsimclr.kernels.views import make_views
-from fastsimclr.loaders import dali as dali_module
 from fastsimclr.loaders import loader as loader_module
+from fastsimclr.loaders.backends import dali as dali_module
 from fastsimclr.loaders.batch import Batch
-from fastsimclr.loaders.beton import BetonSource
-from fastsimclr.loaders.beton_writer import BetonWriter
+from fastsimclr.loaders.beton.reader import BetonSource
+from fastsimclr.loaders.beton.writer import BetonWriter
 from fastsimclr.loaders.data import DataConfig, LoaderName, open_data
 from fastsimclr.loaders.decode import decode
 from fastsimclr.loaders.draw import Policy, draw
 from fastsimclr.loaders.loader import EvalLoader, TrainLoader
 from fastsimclr.loaders.order import epoch_order
-from fastsimclr.loaders.sets import ArraySource, FileSource, Relabelled, Subset
+from fastsimclr.loaders.sets.basic import ArraySource, FileSource, Relabelled, Subset
 from fastsimclr.loaders.source import DataError, Source
 from tests.loaders.mutate import drawn, smooth
 

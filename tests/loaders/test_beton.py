@@ -23,11 +23,11 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastsimclr.loaders.beton import BetonSource
-from fastsimclr.loaders.beton_writer import MAX_PAGE, BetonWriter
+from fastsimclr.loaders.beton.reader import BetonSource
+from fastsimclr.loaders.beton.sidecar import Sidecar, read_sidecar, sidecar_path, write_sidecar
+from fastsimclr.loaders.beton.writer import MAX_PAGE, BetonWriter
 from fastsimclr.loaders.data import DataConfig, open_data
 from fastsimclr.loaders.decode import decode
-from fastsimclr.loaders.sidecar import Sidecar, read_sidecar, sidecar_path, write_sidecar
 from fastsimclr.loaders.source import DataError
 
 PAGE = 2**21

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
+from fastsimclr.loaders.backends.native import Buffers
 from fastsimclr.loaders.cut import cut
 from fastsimclr.loaders.data import DataConfig
 from fastsimclr.loaders.draw import Policy, draw
 from fastsimclr.loaders.loader import EvalLoader, TrainLoader
-from fastsimclr.loaders.native import Buffers
 
 Pixels = npt.NDArray[np.uint8]
 ROUNDING = 1.01  # of 255 levels: OpenCV weighs in 11 bits, torch rounds after each axis

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torchvision import datasets
 
 from fastsimclr.loaders.data import DataConfig, label_subset, open_data
-from fastsimclr.loaders.sets import ArraySource, Subset, SyntheticSource, digits
+from fastsimclr.loaders.sets.basic import ArraySource, Subset, SyntheticSource, digits
 from fastsimclr.loaders.source import DataError, Source
 
 

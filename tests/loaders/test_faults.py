@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastsimclr.loaders import dali as dali_module
+from fastsimclr.loaders.backends import dali as dali_module
 from fastsimclr.loaders.data import DataConfig, LoaderName
 from fastsimclr.loaders.draw import Policy
 from fastsimclr.loaders.loader import EvalLoader, Loader, TrainLoader
-from fastsimclr.loaders.sets import FileSource
+from fastsimclr.loaders.sets.basic import FileSource
 from fastsimclr.loaders.source import DataError
 from tests.loaders.mutate import KINDS, Deadly, check, drawn, expected, make_beton, make_files
 

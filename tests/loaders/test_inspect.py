@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from fastsimclr.cli import main
-from fastsimclr.loaders.beton import BetonSource
-from fastsimclr.loaders.beton_writer import BetonWriter
-from fastsimclr.loaders.folder import open_folder
-from fastsimclr.loaders.pack import Packing, pack
-from fastsimclr.loaders.recode import Recoding
+from fastsimclr.loaders.beton.pack import Packing, pack
+from fastsimclr.loaders.beton.reader import BetonSource
+from fastsimclr.loaders.beton.recode import Recoding
+from fastsimclr.loaders.beton.writer import BetonWriter
+from fastsimclr.loaders.sets.folder import open_folder
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:

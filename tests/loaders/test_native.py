@@ -15,14 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fastsimclr.loaders import resident as resident_module
+from fastsimclr.loaders.backends import resident as resident_module
+from fastsimclr.loaders.backends.resident import Resident, free_bytes, hold
 from fastsimclr.loaders.batch import Batch
 from fastsimclr.loaders.data import DataConfig, open_data
 from fastsimclr.loaders.decode import decode
 from fastsimclr.loaders.loader import EvalLoader, Loader, TrainLoader
 from fastsimclr.loaders.order import epoch_order
-from fastsimclr.loaders.resident import Resident, free_bytes, hold
-from fastsimclr.loaders.sets import ArraySource, FileSource, SyntheticSource
+from fastsimclr.loaders.sets.basic import ArraySource, FileSource, SyntheticSource
 from fastsimclr.loaders.source import DataError, Source
 
 Pixels = npt.NDArray[np.uint8]

@@ -25,16 +25,16 @@ from PIL import Image
 from torchvision import datasets
 
 from fastsimclr.cli import main
-from fastsimclr.loaders import beton_writer, lossless
-from fastsimclr.loaders import pack as packing
-from fastsimclr.loaders.beton import BetonSource
+from fastsimclr.loaders.beton import lossless, writer
+from fastsimclr.loaders.beton import pack as packing
+from fastsimclr.loaders.beton.origins import Origin, open_list, open_origin
+from fastsimclr.loaders.beton.pack import Interrupted, Packing, pack
+from fastsimclr.loaders.beton.reader import BetonSource
+from fastsimclr.loaders.beton.recode import Recoding, recode
+from fastsimclr.loaders.beton.sidecar import left_out_path, read_sidecar, sidecar_path
 from fastsimclr.loaders.decode import decode
-from fastsimclr.loaders.folder import open_folder
-from fastsimclr.loaders.origins import Origin, open_list, open_origin
-from fastsimclr.loaders.pack import Interrupted, Packing, pack
-from fastsimclr.loaders.recode import Recoding, recode
-from fastsimclr.loaders.sets import ArraySource
-from fastsimclr.loaders.sidecar import left_out_path, read_sidecar, sidecar_path
+from fastsimclr.loaders.sets.basic import ArraySource
+from fastsimclr.loaders.sets.folder import open_folder
 from fastsimclr.loaders.source import DataError, Source
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +105,7 @@ KINDS: dict[str, tuple[bytes, str]] = {
 def test_everything_becomes_a_plain_jpeg(monkeypatch: pytest.MonkeyPatch, name: str, library: bool) -> None:
     data, way = KINDS[name]
     if not library:
-        monkeypatch.setattr("fastsimclr.loaders.recode.to_baseline", lambda jpeg: None)
+        monkeypatch.setattr("fastsimclr.loaders.beton.recode.to_baseline", lambda jpeg: None)
     stored = recode(data, name, Recoding())
     assert (stored.height, stored.width, stored.raw) == (60, 80, False)
     assert stored.way == way or (way, stored.way) == ("baseline", "re-encoded")
@@ -244,9 +244,9 @@ def test_too_many_damaged_images_are_an_error(many: Path, tmp_path: Path) -> Non
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fastsimclr.loaders import pack as packing
-from fastsimclr.loaders.folder import open_folder
-from fastsimclr.loaders.recode import Recoding
+from fastsimclr.loaders.beton import pack as packing
+from fastsimclr.loaders.sets.folder import open_folder
+from fastsimclr.loaders.beton.recode import Recoding
 packing.CHECKPOINT_BYTES = 2**21
 source, _ = open_folder(Path(sys.argv[1]), labels=None, val=None, val_labels=None)
 how = packing.Packing(recoding=Recoding(), threads=2, page_bytes=2**21, max_bad_fraction=0.05)
@@ -305,7 +305,7 @@ def test_a_full_disk_is_named_and_leaves_no_file(
         room[0] -= taken
         return taken
 
-    monkeypatch.setattr(beton_writer.os, "write", write)
+    monkeypatch.setattr(writer.os, "write", write)
     on = Packing(recoding=Recoding(), threads=2, page_bytes=2**21, max_bad_fraction=0.05, resume=True)
     with pytest.raises(
         DataError, match=r"No space left on device at image \d+ of 150 of .* about [\d,]+ more are needed"
@@ -335,7 +335,7 @@ def test_what_is_written_wrongly_gets_no_name(many: Path, tmp_path: Path, monkey
             data[5000] ^= 1
         return really(number, data)
 
-    monkeypatch.setattr(beton_writer.os, "write", write)
+    monkeypatch.setattr(writer.os, "write", write)
     with pytest.raises(DataError, match=r"x.beton.partial: what was written is not what is read: a/.*CRC-32"):
         pack(of(many), tmp_path / "x.beton", Packing(recoding=Recoding(), threads=1, max_bad_fraction=0.05))
     assert not (tmp_path / "x.beton").exists()

@@ -27,15 +27,15 @@ import torch
 from PIL import Image
 
 from fastsimclr.cli import main
-from fastsimclr.loaders import cache as cache_module
-from fastsimclr.loaders import remote as remote_module
-from fastsimclr.loaders.cache import ShardCache, default_cache
 from fastsimclr.loaders.faults import Reader
-from fastsimclr.loaders.index_files import write_index
 from fastsimclr.loaders.order import Order
-from fastsimclr.loaders.places import expand
-from fastsimclr.loaders.remote import CacheError, FetchError, describe
-from fastsimclr.loaders.shards import ShardSource, open_shards
+from fastsimclr.loaders.shards import cache as cache_module
+from fastsimclr.loaders.shards import remote as remote_module
+from fastsimclr.loaders.shards.cache import ShardCache, default_cache
+from fastsimclr.loaders.shards.index_files import write_index
+from fastsimclr.loaders.shards.places import expand
+from fastsimclr.loaders.shards.remote import CacheError, FetchError, describe
+from fastsimclr.loaders.shards.source import ShardSource, open_shards
 from fastsimclr.loaders.source import DataError
 from fastsimclr.runlog import read_records
 
@@ -670,8 +670,8 @@ def test_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 READ_ALL = """
 import hashlib, sys
 from pathlib import Path
-from fastsimclr.loaders.cache import ShardCache
-from fastsimclr.loaders.shards import open_shards
+from fastsimclr.loaders.shards.cache import ShardCache
+from fastsimclr.loaders.shards.source import open_shards
 source = open_shards(sys.argv[1] + "/t-{0..3}.tar", ShardCache(Path(sys.argv[2])))
 print("open", flush=True)
 print(hashlib.sha256(b"".join(source.read(i) for i in range(len(source)))).hexdigest())
@@ -747,7 +747,7 @@ def test_shards_in_s3(s3: Any, cache: ShardCache, tmp_path: Path, monkeypatch: p
     assert source.describe(9) == "s3://bucket/set/t-1.tar/0009.jpg"
     assert write_index("s3://bucket/set/t-{0..3}.tar", cache) == ["s3://bucket/set/index.json"]
     fresh = ShardCache(tmp_path / "fresh", retries=1)
-    monkeypatch.setattr("fastsimclr.loaders.index_files.scan_shard", None)
+    monkeypatch.setattr("fastsimclr.loaders.shards.index_files.scan_shard", None)
     again = open_shards("s3://bucket/set/t-{0..3}.tar", fresh)
     assert kept(fresh) == [] if fresh.folder.exists() else True
     assert_whole(again)

@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastsimclr.loaders.cache import ShardCache
 from fastsimclr.loaders.data import DataConfig, open_data
 from fastsimclr.loaders.decode import decode
-from fastsimclr.loaders.index_files import write_index
-from fastsimclr.loaders.places import expand
-from fastsimclr.loaders.shard_index import scan_shard
-from fastsimclr.loaders.shards import ShardSource, open_shard_splits, open_shards
+from fastsimclr.loaders.shards.cache import ShardCache
+from fastsimclr.loaders.shards.index import scan_shard
+from fastsimclr.loaders.shards.index_files import write_index
+from fastsimclr.loaders.shards.places import expand
+from fastsimclr.loaders.shards.source import ShardSource, open_shard_splits, open_shards
+from fastsimclr.loaders.shards.tar import Member, members
 from fastsimclr.loaders.source import DataError
-from fastsimclr.loaders.tar import Member, members
 
 Files = Sequence[tuple[str, bytes]]
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -403,7 +403,7 @@ def test_scanned_once(tmp_path: Path, cache: ShardCache, monkeypatch: pytest.Mon
         scans.append(os.path.basename(what))
         return scan_shard(fd, size, what, label_key)
 
-    monkeypatch.setattr("fastsimclr.loaders.index_files.scan_shard", counted)
+    monkeypatch.setattr("fastsimclr.loaders.shards.index_files.scan_shard", counted)
     assert of(tmp_path / "d", cache).fingerprint == first.fingerprint
     assert scans == []
     pack(paths[2], [("x.jpg", b"new")])
@@ -442,7 +442,7 @@ def test_index_json_says_the_same_as_the_tars(
         "index.json",
         "val.tar",
     ]
-    monkeypatch.setattr("fastsimclr.loaders.index_files.scan_shard", None)
+    monkeypatch.setattr("fastsimclr.loaders.shards.index_files.scan_shard", None)
     source = of(f"{tmp_path}/d/{{0..2}}.tar", cache)
     assert source.fingerprint == scanned.fingerprint
     assert source.labels.tolist() == scanned.labels.tolist()

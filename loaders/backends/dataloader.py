@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as v2
 
+from fastsimclr.loaders.backends.native import Ints, Job
+from fastsimclr.loaders.backends.screen import Screened, screened
 from fastsimclr.loaders.batch import Batch
 from fastsimclr.loaders.cut import Crops, as_cut
 from fastsimclr.loaders.decode import decode
 from fastsimclr.loaders.draw import ViewParams
-from fastsimclr.loaders.native import Ints, Job
-from fastsimclr.loaders.screen import Screened, screened
 from fastsimclr.loaders.source import DataError, Source
 
 _METHOD = "forkserver"  # a fork of this process, with its threads, may hang

@@ -20,8 +20,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from fastsimclr.loaders.lists import some
-from fastsimclr.loaders.sidecar import Sidecar, read_sidecar, sidecar_path
+from fastsimclr.loaders.beton.sidecar import Sidecar, read_sidecar, sidecar_path
+from fastsimclr.loaders.sets.lists import some
 from fastsimclr.loaders.source import DataError
 
 Ints = npt.NDArray[np.int64]

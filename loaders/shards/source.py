@@ -15,15 +15,15 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from fastsimclr.loaders.cache import ShardCache
-from fastsimclr.loaders.handles import Handles
-from fastsimclr.loaders.index_files import Shard, folder_of, listed, load_shards
-from fastsimclr.loaders.lists import some
-from fastsimclr.loaders.places import expand
-from fastsimclr.loaders.sets import Subset
-from fastsimclr.loaders.shard_index import INDEX, ShardIndex, labels_of
+from fastsimclr.loaders.sets.basic import Subset
+from fastsimclr.loaders.sets.lists import some
+from fastsimclr.loaders.shards.cache import ShardCache
+from fastsimclr.loaders.shards.handles import Handles
+from fastsimclr.loaders.shards.index import INDEX, ShardIndex, labels_of
+from fastsimclr.loaders.shards.index_files import Shard, folder_of, listed, load_shards
+from fastsimclr.loaders.shards.places import expand
+from fastsimclr.loaders.shards.tar import BLOCK
 from fastsimclr.loaders.source import DataError, Source
-from fastsimclr.loaders.tar import BLOCK
 
 Ints = npt.NDArray[np.int64]
 

@@ -22,17 +22,17 @@ from typing import Any
 
 import numpy as np
 
-from fastsimclr.loaders.beton import BetonSource
-from fastsimclr.loaders.beton_writer import BetonWriter
-from fastsimclr.loaders.journal import Entry, Journal
-from fastsimclr.loaders.lists import some
-from fastsimclr.loaders.lossless import describe
-from fastsimclr.loaders.origins import image_names
-from fastsimclr.loaders.recode import Recoding, Stored, recode
-from fastsimclr.loaders.sets import FileSource, Subset
-from fastsimclr.loaders.sidecar import Sidecar, left_out_path, sidecar_path, write_left_out, write_sidecar
+from fastsimclr.loaders.beton.journal import Entry, Journal
+from fastsimclr.loaders.beton.lossless import describe
+from fastsimclr.loaders.beton.origins import image_names
+from fastsimclr.loaders.beton.reader import BetonSource
+from fastsimclr.loaders.beton.recode import Recoding, Stored, recode
+from fastsimclr.loaders.beton.sidecar import Sidecar, left_out_path, sidecar_path, write_left_out, write_sidecar
+from fastsimclr.loaders.beton.verify import damaged_blobs
+from fastsimclr.loaders.beton.writer import BetonWriter
+from fastsimclr.loaders.sets.basic import FileSource, Subset
+from fastsimclr.loaders.sets.lists import some
 from fastsimclr.loaders.source import DataError, Source
-from fastsimclr.loaders.verify import damaged_blobs
 
 CHECKPOINT_BYTES = 64 * 2**20
 CHUNK = 8  # images converted by one task

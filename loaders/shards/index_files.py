@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from fastsimclr.loaders.cache import ShardCache, write_whole
-from fastsimclr.loaders.places import expand
-from fastsimclr.loaders.remote import Remote, describe, filesystem, is_remote, read_small, retry
-from fastsimclr.loaders.shard_index import (
+from fastsimclr.loaders.shards.cache import ShardCache, write_whole
+from fastsimclr.loaders.shards.index import (
     INDEX,
     IndexFile,
     ShardIndex,
@@ -26,6 +24,8 @@ from fastsimclr.loaders.shard_index import (
     read_index,
     scan_shard,
 )
+from fastsimclr.loaders.shards.places import expand
+from fastsimclr.loaders.shards.remote import Remote, describe, filesystem, is_remote, read_small, retry
 from fastsimclr.loaders.source import DataError
 
 T = TypeVar("T")

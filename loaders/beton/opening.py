@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastsimclr.loaders.beton import BetonSource
-from fastsimclr.loaders.lists import read_labels_csv, read_val_labels, some
-from fastsimclr.loaders.sets import Subset
+from fastsimclr.loaders.beton.reader import BetonSource
+from fastsimclr.loaders.sets.basic import Subset
+from fastsimclr.loaders.sets.lists import read_labels_csv, read_val_labels, some
 from fastsimclr.loaders.source import DataError, Source
 
 

@@ -19,12 +19,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastsimclr.loaders.backends.native import Buffers, Job, Pixels
+from fastsimclr.loaders.backends.screen import Screened, largest_batch, screened
 from fastsimclr.loaders.batch import Batch
 from fastsimclr.loaders.cut import Crops, as_cut
 from fastsimclr.loaders.decode import Encoded, decode
 from fastsimclr.loaders.draw import Policy, ViewParams
-from fastsimclr.loaders.native import Buffers, Job, Pixels
-from fastsimclr.loaders.screen import Screened, largest_batch, screened
 from fastsimclr.loaders.source import DataError
 
 INSTALL = "pip install nvidia-dali-cuda130 (nvidia-dali-cuda120 for CUDA 12; a GPU is not needed for loader=dali)"

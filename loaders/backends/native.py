@@ -17,13 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastsimclr.loaders.backends.resident import offsets_of
 from fastsimclr.loaders.batch import Batch, Ragged
 from fastsimclr.loaders.cut import Crops, as_cut, cut
 from fastsimclr.loaders.data import DataConfig
 from fastsimclr.loaders.decode import Encoded
 from fastsimclr.loaders.draw import ViewParams
 from fastsimclr.loaders.faults import Reader
-from fastsimclr.loaders.resident import offsets_of
 from fastsimclr.loaders.source import Source
 
 Ints = npt.NDArray[np.int64]

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from fastsimclr.loaders.remote import filesystem, retry
+from fastsimclr.loaders.shards.remote import filesystem, retry
 from fastsimclr.loaders.source import DataError
 
 MOST = 1_000_000  # places that one pattern may name

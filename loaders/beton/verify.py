@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from fastsimclr.loaders.beton import BetonSource
+from fastsimclr.loaders.beton.reader import BetonSource
 from fastsimclr.loaders.decode import decode
 from fastsimclr.loaders.source import DataError
 

@@ -19,11 +19,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastsimclr.loaders.backends.native import AHEAD, Ints, Job, Pixels, chunks, room_for
 from fastsimclr.loaders.batch import Batch, Ragged
 from fastsimclr.loaders.cut import Crops
 from fastsimclr.loaders.decode import MAX_PIXELS, Encoded, is_plain_jpeg
 from fastsimclr.loaders.draw import ViewParams
-from fastsimclr.loaders.native import AHEAD, Ints, Job, Pixels, chunks, room_for
 from fastsimclr.loaders.source import Source
 
 Sizes = npt.NDArray[np.int32]

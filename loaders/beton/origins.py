@@ -6,13 +6,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastsimclr.loaders.beton import BetonSource
-from fastsimclr.loaders.cache import ShardCache, default_cache
-from fastsimclr.loaders.folder import open_folder
-from fastsimclr.loaders.hugging import open_hugging
-from fastsimclr.loaders.lists import read_labels_csv
-from fastsimclr.loaders.sets import ArraySource, FileSource, Subset, digits, torchvision_set
-from fastsimclr.loaders.shards import open_shards
+from fastsimclr.loaders.beton.reader import BetonSource
+from fastsimclr.loaders.sets.basic import ArraySource, FileSource, Subset, digits, torchvision_set
+from fastsimclr.loaders.sets.folder import open_folder
+from fastsimclr.loaders.sets.hugging import open_hugging
+from fastsimclr.loaders.sets.lists import read_labels_csv
+from fastsimclr.loaders.shards.cache import ShardCache, default_cache
+from fastsimclr.loaders.shards.source import open_shards
 from fastsimclr.loaders.source import DataError, Source
 
 SETS = ("cifar10", "cifar100", "stl10")

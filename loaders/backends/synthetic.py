@@ -9,10 +9,10 @@ from collections.abc import Generator
 import numpy as np
 import torch
 
+from fastsimclr.loaders.backends.native import Job
+from fastsimclr.loaders.backends.screen import Screened
 from fastsimclr.loaders.batch import Batch, Ragged
 from fastsimclr.loaders.cut import as_cut
-from fastsimclr.loaders.native import Job
-from fastsimclr.loaders.screen import Screened
 
 
 def synthetic_batches(job: Job) -> Generator[Batch]:

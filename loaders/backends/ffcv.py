@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastsimclr.loaders.backends.native import Buffers, Ints, Job, Pixels, native_batches
+from fastsimclr.loaders.backends.screen import Screened, largest_batch, screened
 from fastsimclr.loaders.batch import Batch
-from fastsimclr.loaders.beton import BetonSource
+from fastsimclr.loaders.beton.reader import BetonSource
 from fastsimclr.loaders.cut import as_cut, cut
 from fastsimclr.loaders.draw import Policy
-from fastsimclr.loaders.native import Buffers, Ints, Job, Pixels, native_batches
-from fastsimclr.loaders.screen import Screened, largest_batch, screened
-from fastsimclr.loaders.sets import Relabelled, Subset
+from fastsimclr.loaders.sets.basic import Relabelled, Subset
 from fastsimclr.loaders.source import DataError, Source
 
 INSTALL = (

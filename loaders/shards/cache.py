@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fastsimclr.loaders.handles import Handles
-from fastsimclr.loaders.remote import CacheError, FetchError, Remote, download, unwritable
+from fastsimclr.loaders.shards.handles import Handles
+from fastsimclr.loaders.shards.remote import CacheError, FetchError, Remote, download, unwritable
 from fastsimclr.loaders.source import DataError
 
 LOG = logging.getLogger("fastsimclr")

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastsimclr.loaders.lists import some
+from fastsimclr.loaders.sets.lists import some
+from fastsimclr.loaders.shards.tar import BLOCK, Member, members
 from fastsimclr.loaders.source import DataError
-from fastsimclr.loaders.tar import BLOCK, Member, members
 
 RawLabel = int | str | None  # a class number, a class name, none
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastsimclr.loaders.lists import read_labels_csv, read_val_labels, some
-from fastsimclr.loaders.sets import FileSource, Subset
+from fastsimclr.loaders.sets.basic import FileSource, Subset
+from fastsimclr.loaders.sets.lists import read_labels_csv, read_val_labels, some
 from fastsimclr.loaders.source import DataError, Source
 
 Ints = npt.NDArray[np.int64]

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastsimclr.loaders.lists import read_label_list, some
 from fastsimclr.loaders.order import epoch_order
-from fastsimclr.loaders.sets import Subset
+from fastsimclr.loaders.sets.basic import Subset
+from fastsimclr.loaders.sets.lists import read_label_list, some
 from fastsimclr.loaders.source import DataError, Source
 
 Ints = npt.NDArray[np.int64]

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
+from fastsimclr.loaders.beton.lossless import to_baseline
 from fastsimclr.loaders.decode import MAX_PIXELS, decode
-from fastsimclr.loaders.lossless import to_baseline
 from fastsimclr.loaders.source import DataError
 
 Pixels = npt.NDArray[np.uint8]

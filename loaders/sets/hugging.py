@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastsimclr.loaders.lists import some
+from fastsimclr.loaders.sets.lists import some
 from fastsimclr.loaders.source import DataError, Source
 
 _VAL = ("validation", "val", "valid", "test")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastsimclr.loaders.beton import (
+from fastsimclr.loaders.beton.reader import (
     ALLOCATION,
     FIELD,
     HEADER,

@@ -1,0 +1,1 @@
+"""What reads, decodes and batches for a Loader: one module a backend."""

@@ -1,0 +1,1 @@
+"""Packed .beton files: read, written, checked, and made from other data."""

@@ -1,0 +1,1 @@
+"""Where images come from: folders, lists, arrays, Hugging Face data, and their labelled and held-out parts."""

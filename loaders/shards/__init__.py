@@ -1,0 +1,1 @@
+"""WebDataset tars, on disk or behind a URL, with their index and local cache."""
