@@ -1,15 +1,18 @@
-# `make demo` and `make test` do all their set-up in .venv; PYTHON=python3.12 make ... chooses the interpreter.
+# `make demo` and `make test` do all their set-up in .venv; PYTHON=python3.12 make ... chooses the interpreter,
+# EXTRAS=test,dali,ffcv what is installed beside the package.
 PYTHON ?= python3
+EXTRAS ?= test
 BIN := .venv/bin
-STAMP := .venv/.installed
+STAMP := .venv/.installed-$(EXTRAS)
 
 .PHONY: demo test lint gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/python -m fastsimclr demo
 
+# A process for each core, of one thread: most kernels run in Triton's interpreter, which is Python.
 test: lint
-	$(BIN)/python -m pytest -q --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=15 -n logical --maxprocesses 8 --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -25,11 +28,11 @@ clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find fastsimclr loaders kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): pyproject.toml setup.py
+$(STAMP): pyproject.toml setup.py loaders/cut.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	  || { echo "make: $(PYTHON) is missing or older than 3.11; name another: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 	  || { echo "make: $(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
 	@touch $@

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import zipfile
@@ -11,6 +10,9 @@ from typing import Any
 
 import torch
 import yaml
+
+from fastsimclr.loaders.whole import sync_folder as sync_folder
+from fastsimclr.loaders.whole import whole_file, write_whole
 
 FORMAT = 1
 _REQUIRED = (
@@ -43,13 +45,8 @@ def save(run: Path, state: dict[str, Any], keep: int) -> Path:
     place = folder(run)
     place.mkdir(parents=True, exist_ok=True)
     final = place / f"step-{state['step']:08d}.pt"
-    temporary = final.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with whole_file(final) as file:
         torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(final)
-    sync_folder(place)
     for old in saved(run)[:-keep]:
         old.unlink()
     return final
@@ -57,13 +54,7 @@ def save(run: Path, state: dict[str, Any], keep: int) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
+    write_whole(path, text.encode())
 
 
 def differences(before: str, now: str) -> list[str]:
@@ -76,15 +67,6 @@ def differences(before: str, now: str) -> list[str]:
 
     old, new = ({key[1:]: value for key, value in flat(yaml.safe_load(text), "").items()} for text in (before, now))
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
-
-
-def sync_folder(path: Path) -> None:
-    """Make a rename in this folder last through a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def load(path: Path) -> dict[str, Any]:

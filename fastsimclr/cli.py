@@ -45,9 +45,11 @@ _COMMANDS = {
     "predict": "Classes of a folder of images, to CSV.",
     "pack": "Any data set as one .beton file, which is read fastest.",
     "inspect": "What a .beton file holds; a contact sheet; a check of every image.",
+    "index": "The index.json of WebDataset shards, by which a run starts without reading them all.",
     "bench": "Measure loader, step or training beside a baseline; compare two reports.",
 }
-_TOOLS = ("import-tf", "export", "embed", "predict", "pack", "inspect", "bench")  # without a recipe, and in one process
+# Without a recipe, and in one process.
+_TOOLS = ("import-tf", "export", "embed", "predict", "pack", "inspect", "index", "bench")
 
 
 class _Parser(ArgumentParser):
@@ -97,7 +99,7 @@ def _tool(name: str) -> tuple[Callable[[ArgumentParser], None], Callable[[Namesp
         from fastsimclr.bench.command import add_benches, run_bench
 
         return lambda parser: add_benches(parser, _Parser), run_bench
-    if name in ("pack", "inspect"):
+    if name in ("pack", "inspect", "index"):
         from fastsimclr.packing.command import add_packing, run_packing
 
         return partial(add_packing, name), partial(run_packing, name)

@@ -1,4 +1,7 @@
-"""From a loader to the device: a thread draws the view parameters and ships images ahead of the step."""
+"""From a loader to the device: a thread draws the view parameters and ships images ahead of the step.
+
+Where the ranks exchange their images (fastsimclr.loaders.backends.sharded) all of it happens in the thread that trains.
+"""
 
 from __future__ import annotations
 
@@ -74,6 +77,11 @@ class Feed:
         if isinstance(batches, Loader) and (batches.always_cuts or runtime.device.type == "cpu"):
             batches.cut(policy, seed, views)
         device = runtime.device
+        self._thread: threading.Thread | None = None
+        self._here: Iterator[Shipment] | None = None
+        if isinstance(batches, Loader) and batches.exchanges:
+            self._here = (ship(batch, policy, seed, views, device) for batch in batches)
+            return
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())  # of this thread; the other has its own
         self._thread = threading.Thread(
@@ -112,7 +120,7 @@ class Feed:
 
     def __next__(self) -> Shipment:
         start = time.perf_counter()
-        item = self._queue.get()
+        item = self._queue.get() if self._here is None else next(self._here, _END)
         self.waited_s += time.perf_counter() - start
         if isinstance(item, BaseException):
             raise item
@@ -125,7 +133,9 @@ class Feed:
     def close(self) -> None:
         """End the thread; what it had prepared is dropped."""
         self._closed.set()
-        self._thread.join()
+        self._here = None
+        if self._thread is not None:
+            self._thread.join()
 
     def __enter__(self) -> Feed:
         return self

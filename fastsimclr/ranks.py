@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import ProcessGroup, Work
 
 T = TypeVar("T")
+
+WORK_S = 1.0  # between two signs of a rank at work to those that wait for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +67,53 @@ class Ranks:
         return box[0]  # type: ignore[no-any-return]
 
     def host_by_host(self, make: Callable[[], T]) -> T:
-        """What `make` returns; the first rank of each machine goes ahead, so that the others find what it downloads."""
+        """What `make` returns; the first rank of each machine goes ahead, so that the others find what it downloads.
+
+        It may take longer than the others wait in one exchange: they hear every second that it is at work. `make` must
+        exchange nothing. An exception of it is raised on every rank.
+        """
         if self.world == 1:
             return make()
-        value = make() if self.local_rank == 0 else None
-        self.wait()
-        return make() if value is None else value
+        goes_ahead = self.local_rank == 0
+        first, then = (self._while_at_work(make if mine else None) for mine in (goes_ahead, not goes_ahead))
+        return cast(T, first if goes_ahead else then)
+
+    def _while_at_work(self, make: Callable[[], T] | None) -> T | None:
+        """What `make` returns, once no rank is at work any more; None where this one has nothing to make.
+
+        It is a thread that speaks and listens, and the work stays in the main one, which Ctrl-C ends.
+        """
+        failures: dict[int, Exception] = {}
+        ended, value = threading.Event(), None
+
+        def speak() -> None:
+            try:
+                while True:
+                    over, mine = ended.wait(WORK_S), failures.get(self.rank)
+                    heard = self.gather((over, mine and _portable(mine)))
+                    for rank, (_, error) in enumerate(heard):
+                        if error is not None:
+                            failures.setdefault(rank, error)
+                    if failures or all(done for done, _ in heard):
+                        return
+            except Exception as error:  # of the exchange
+                failures.setdefault(self.rank, error)
+
+        speaker = threading.Thread(target=speak, name="at work", daemon=True)
+        speaker.start()
+        try:
+            value = None if make is None else make()
+        except Exception as error:
+            failures[self.rank] = error
+        except BaseException:
+            ended.set()
+            speaker.join(2 * WORK_S)
+            raise
+        ended.set()
+        speaker.join()
+        if failures:
+            raise failures.get(self.rank) or failures[min(failures)]
+        return value
 
     def wait(self) -> None:
         """Go on when every rank is here."""
@@ -93,6 +137,25 @@ class Ranks:
                     f"rank {other} has {what} {found!r}, rank 0 has {values[0]!r}; every rank must see the same:"
                     " give all machines the same files and options"
                 )
+
+    def exchange(self, data: Tensor, sent: Sequence[int], received: Sequence[int]) -> Callable[[], Tensor]:
+        """Begin to give every rank its run of `data`; what it returns waits and gives the runs that came.
+
+        data: [sum of sent], contiguous, on the run's device, in the order of the ranks; sent and received: how many
+        values go to each rank and come from each. On a GPU the device waits, not the host. Every rank calls it, at the
+        same place among everything else that they exchange of the device's tensors.
+        """
+        if self.world == 1:
+            return lambda: data
+        arrived = data.new_empty(sum(received))
+        work = dist.all_to_all_single(arrived, data, list(received), list(sent), group=self.group, async_op=True)
+        assert work is not None
+
+        def wait() -> Tensor:
+            work.wait()
+            return arrived
+
+        return wait
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all ranks, a new tensor. values: any shape, the same on all ranks, on the run's device."""

@@ -252,6 +252,7 @@ class Trainer:
     def _restore(self, path: Path, state: dict[str, Any]) -> None:
         job = self.job
         begun = state["facts"].setdefault("bn_groups", 1)  # not in checkpoints of one process, of earlier versions
+        state["facts"].setdefault("order", "random")  # nor this, when there was no other
         if isinstance(self.config.bn_groups, str) and begun != self.bn_groups:
             logger.info("%s: BN keeps the %d parts of the batch that the run began with", job.stage, begun)
             self.bn_groups = begun

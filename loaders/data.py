@@ -11,6 +11,7 @@ import numpy as np
 
 from fastsimclr.loaders.beton.opening import open_packed
 from fastsimclr.loaders.decode import MAX_PIXELS
+from fastsimclr.loaders.order import WINDOW
 from fastsimclr.loaders.sets.basic import ArraySource, Subset, SyntheticSource, digits, torchvision_set
 from fastsimclr.loaders.sets.folder import open_folder
 from fastsimclr.loaders.sets.splits import few_labels, hold_out
@@ -61,11 +62,19 @@ class DataConfig:
     label_key: str | None = None
     """Where the labels of source=shards are: the extension of the members that hold them (cls, txt), or json.FIELD for
     a field of KEY.json; class numbers or class names. Default: cls."""
+    index: str | None = None
+    """Folder or URL of the index.json for source=shards, where it is not in their own folder (`fastsimclr index`)."""
     cache: str | None = None
     """Folder in which remote shards are kept, with what was found in shards; on a local disk, shared by the ranks of a
     machine. Default: fastsimclr/shards in $XDG_CACHE_HOME, or in ~/.cache."""
     cache_gib: float = 0.0
     """Most GiB of shards in data.cache; the least recently used make room. 0: no limit."""
+    order: Literal["auto", "random", "quasi"] = "auto"
+    """How the images of an epoch are mixed. random: all with all. quasi: blocks (shards, pages of a .beton) in random
+    order, the images of data.window of them with each other, so that each shard is fetched once. auto: quasi where
+    remote shards do not fit data.cache_gib, else random. A resumed run keeps the order that it began with."""
+    window: int = WINDOW
+    """Blocks that data.order=quasi mixes; the cache should have room for twice as many shards."""
     fetch_retries: int = 5
     """How often the download of a shard is tried again, after 0.5 s and then after twice the time before."""
     download: bool = True
@@ -119,7 +128,9 @@ class DataConfig:
             "val_seed": (0 <= self.val_seed < 2**32, "in 0..2**32 - 1"),
             "label_seed": (0 <= self.label_seed < 2**32, "in 0..2**32 - 1"),
             "label_key": (self.label_key is None or self.source == "shards", "left out: it is for data.source=shards"),
+            "index": (self.index is None or self.source == "shards", "left out: it is for data.source=shards"),
             "cache_gib": (self.cache_gib >= 0, "0 (no limit) or more"),
+            "window": (self.window >= 1, "1 block or more"),
             "fetch_retries": (self.fetch_retries >= 0, "0 or more"),
             "threads": (self.threads >= 0, "0 (all cores) or more"),
             "resident_gib": (self.resident_gib >= 0, "0 (half of the free memory) or more"),
@@ -187,7 +198,7 @@ def _open(config: DataConfig) -> tuple[Source, Source]:
             assert config.root is not None  # __post_init__
             folder = default_cache() if config.cache is None else Path(config.cache)
             cache = ShardCache(folder, int(config.cache_gib * GIB), config.fetch_retries)
-            return open_shard_splits(config.root, config.val, cache, config.label_key)
+            return open_shard_splits(config.root, config.val, cache, config.label_key, config.index)
         case "synthetic":
             noise = SyntheticSource(config.synthetic_images, config.synthetic_size, config.synthetic_classes)
             return noise, Subset(noise, ())

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from fastsimclr.loaders.decode import Encoded, decode, image_size
+from fastsimclr.loaders.scratch import Scratch
+from fastsimclr.loaders.shards.remote import FetchError
 from fastsimclr.loaders.source import DataError, Source
 
 Pixels = npt.NDArray[np.uint8]
 
 LOG = logging.getLogger("fastsimclr")
+_IMAGE = Scratch()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,8 @@ class Opened:
 class Reader:
     """Reads and decodes the images of a source from any thread, and keeps the list of those it could not.
 
-    bad: {id: reason}, as found so far. Raises DataError when more than max_bad_fraction of the images are damaged.
+    bad: {id: reason}, as found so far. Raises DataError when more than max_bad_fraction of the images are damaged,
+    FetchError as the source does, and RuntimeError, naming the image, for what is no damage (memory, a defect).
     """
 
     def __init__(self, source: Source, max_bad_fraction: float, max_pixels: int) -> None:
@@ -39,6 +43,7 @@ class Reader:
         self.max_pixels = max_pixels
         self.bad: dict[int, str] = {}
         self._lock = threading.Lock()
+        self._borrow: Callable[[int], Encoded | Pixels] = getattr(source, "borrow", source.read)
 
     def open(self, index: int) -> Opened | None:
         """The data of image `index` and its size, from the header alone; None where it is known to be damaged."""
@@ -52,6 +57,10 @@ class Reader:
         except (DataError, OSError) as error:
             self._add(index, str(error))
             return None
+        except FetchError:
+            raise
+        except Exception as error:
+            raise unexpected(self.source.describe(index), error) from error
 
     def open_next(self, index: int) -> Opened:
         """`open` of image `index`, or of the next one that can be opened; 0 follows the last."""
@@ -60,19 +69,24 @@ class Reader:
                 return found
         raise self.too_many()
 
-    def decode(self, index: int, data: Encoded | Pixels | None, size: Sequence[int], out: Pixels) -> Pixels | None:
+    def decode(
+        self, index: int, data: Encoded | Pixels | None, size: Sequence[int], out: Pixels | None = None
+    ) -> Pixels | None:
         """Image `index`, of `size` by its header, decoded into `out` (uint8, flat); None where it is damaged.
 
-        data: what `open` found; read here where None. The result is uint8 [H, W, 3], RGB, at the head of `out`.
+        data: what `open` found; read here where None. The result is uint8 [H, W, 3], RGB, at the head of `out`. Without
+        `out` it is for reading only, and for this thread until its next call.
         """
         try:
-            data = self.source.read(index) if data is None else data
+            data = self._borrow(index) if data is None else data
             if isinstance(data, np.ndarray):
+                if out is None:
+                    return data
                 room = out[: data.size].reshape(data.shape)
                 room[:] = data
                 return room
             what = self.source.describe(index)
-            pixels = decode(data, what, self.max_pixels, out)
+            pixels = decode(data, what, self.max_pixels, _IMAGE.take(3 * size[0] * size[1]) if out is None else out)
             if pixels.shape[:2] != tuple(size):
                 raise DataError(
                     f"{what} has {pixels.shape[:2]} pixels, {tuple(size)} by its header or table; pack it anew"
@@ -81,6 +95,10 @@ class Reader:
         except (DataError, OSError) as error:
             self._add(index, str(error))
             return None
+        except FetchError:
+            raise
+        except Exception as error:
+            raise unexpected(self.source.describe(index), error) from error
 
     def read(self, index: int) -> Pixels | None:
         """Image `index` as uint8 [H, W, 3], RGB; None where it is damaged or its file cannot be read."""
@@ -110,6 +128,14 @@ class Reader:
             if len(self.bad) > self.max_bad_fraction * len(self.source):
                 raise self.too_many()
         LOG.warning("damaged image %d of %s: %s", index, self.source.name, reason)
+
+
+def unexpected(what: str, error: Exception) -> RuntimeError:
+    """The error for image `what`, on which a thread failed with one that no damage explains."""
+    short = isinstance(error, MemoryError)
+    remedy = "free memory, or lower the number of threads" if short else "--traceback shows where; please report it"
+    cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return RuntimeError(f"{what} could not be read or decoded, and no damage explains it ({cause}); {remedy}")
 
 
 def too_many_damaged(name: str, n: int, bad: dict[int, str], max_bad_fraction: float) -> DataError:

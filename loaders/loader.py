@@ -7,6 +7,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from importlib import import_module
 from types import TracebackType
 from typing import Self
@@ -25,7 +26,7 @@ from fastsimclr.loaders.cut import Crops
 from fastsimclr.loaders.data import DataConfig
 from fastsimclr.loaders.draw import Policy
 from fastsimclr.loaders.faults import Reader
-from fastsimclr.loaders.order import Order, rank_positions
+from fastsimclr.loaders.order import Order, choose_order, rank_positions
 from fastsimclr.loaders.source import DataError, Source
 
 Ints = npt.NDArray[np.int64]
@@ -39,9 +40,12 @@ class Loader(ABC):
     pin: whether decoded batches lie in pinned memory, for copies to a GPU that do not wait.
     Each iteration starts its own threads and ends them with it; leave one early by `close` or the end of a `with`.
     A damaged image is logged once and listed in `bad`; over data.max_bad_fraction of them DataError is raised.
+    A source that fetches ahead hears what comes next, from the oldest batch in the making on, until the iteration ends.
     """
 
     stand_in: bool  # whether the next readable image takes the place of a damaged one; else it is left out
+    rank: int
+    world: int
 
     def __init__(self, source: Source, config: DataConfig, *, resident: Resident | None, pin: bool) -> None:
         if resident is not None and resident.source.fingerprint != source.fingerprint:
@@ -59,10 +63,30 @@ class Loader(ABC):
         self.crops: Crops | None = None
         # Weak, so that the threads end when a for loop is left and nothing else holds the iteration.
         self._iteration: weakref.ref[Generator[Batch]] | None = None
+        self._expect: Callable[[Ints], None] | None = None
+        self._made = 0  # batches of this iteration that are done
+
+    def plan(self) -> Iterator[tuple[Ints, Ints]]:
+        """(epochs, ids) of each batch, int64 [N]. Within an iteration the source is told what comes as it goes on."""
+        for number in range(len(self)):
+            if self._expect is not None and len(coming := self._coming(self._made, number)):
+                self._expect(coming)
+            yield self._planned(number, self.rank)
 
     @abstractmethod
-    def plan(self) -> Iterator[tuple[Ints, Ints]]:
-        """(epochs, ids) of each batch, int64 [N]."""
+    def plan_of(self, rank: int) -> Iterator[tuple[Ints, Ints]]:
+        """(epochs, ids) of each batch of `rank`, int64 [N]: of this one the same as `plan`, but nobody is told."""
+
+    @abstractmethod
+    def _planned(self, number: int, rank: int) -> tuple[Ints, Ints]:
+        """(epochs, ids) of batch `number` of `rank`, int64 [N]."""
+
+    @abstractmethod
+    def _coming(self, made: int, number: int) -> Ints:
+        """One id of each block that this rank reads from batch `made` to some blocks behind batch `number`, int64.
+
+        In the order of need; none where that cannot be said.
+        """
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -73,6 +97,11 @@ class Loader(ABC):
         return self.reader.bad if self.resident is None else self.resident.bad
 
     @property
+    def exchanges(self) -> bool:
+        """Whether all ranks iterate in step, in the thread that trains, because each holds a part of the images."""
+        return self.resident is not None and self.resident.shards is not None
+
+    @property
     def always_cuts(self) -> bool:
         """Whether the backend makes nothing but finished crops, so that `cut` must be called before its iteration."""
         return self.name in CUTTING
@@ -80,7 +109,7 @@ class Loader(ABC):
     def cut(self, policy: Policy, seed: int, views: int) -> None:
         """Ask for batches of finished crops with their parameters, as a CPU wants them; for the iterations to come.
 
-        resident does not cut, nor does native under tensorflow semantics, whose resize OpenCV lacks: their batches are
+        What lies on a GPU is not cut here, nor is anything under tensorflow semantics, with its own resize: batches are
         decoded images as before. ValueError for a policy that a backend which always cuts cannot serve.
         """
         if policy.semantics != "torchvision" and self.always_cuts:
@@ -93,7 +122,7 @@ class Loader(ABC):
                 f"data.photometric=dali can {', '.join(sorted(dali.OPS))}, but the views also need"
                 f" {', '.join(sorted(more))}; use data.photometric=kernel"
             )
-        if self.resident is None and policy.semantics == "torchvision":
+        if policy.semantics == "torchvision" and (self.resident is None or self.resident.cuts):
             self.crops = Crops(policy=policy, seed=seed, views=views)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -102,9 +131,23 @@ class Loader(ABC):
             raise ValueError(
                 f"data.loader={self.name} makes crops only; call cut(policy, seed, views) first, as Feed does"
             )
-        iteration = self._batches(self)
+        iteration = self._iterate()
         self._iteration = weakref.ref(iteration)
         return iteration
+
+    def _iterate(self) -> Generator[Batch]:
+        reads = self.resident is None and self.name != "synthetic" and getattr(self.source, "blocks", None) is not None
+        expect: Callable[[npt.ArrayLike], None] | None = getattr(self.source, "expect", None) if reads else None
+        self._expect, self._made = expect, 0
+        try:
+            with closing(self._batches(self)) as batches:
+                for batch in batches:
+                    self._made += 1
+                    yield batch
+        finally:
+            self._expect = None
+            if expect is not None:
+                expect(())
 
     def close(self) -> None:
         """End the iteration and its threads."""
@@ -120,6 +163,7 @@ class Loader(ABC):
         self.close()
 
 
+BLOCKS_AHEAD = 2  # blocks fetched ahead in evaluation, where each rank of a machine is at others
 CUTTING = ("dali", "dali_gpu", "ffcv", "torchvision")
 _PACKAGES = {"dali": ("nvidia.dali", dali.INSTALL), "ffcv": ("ffcv", ffcv.INSTALL)}
 _BACKENDS: dict[str, Callable[[Loader], Generator[Batch]]] = {
@@ -154,9 +198,7 @@ def choose_backend(name: str, source: Source) -> Callable[[Loader], Generator[Ba
 
 def _resident_batches(loader: Loader) -> Generator[Batch]:
     assert loader.resident is not None
-    for epochs, ids in loader.plan():
-        if len(batch := loader.resident.batch(epochs, ids, loader.stand_in)):
-            yield batch
+    return loader.resident.batches(loader)
 
 
 class TrainLoader(Loader):
@@ -164,8 +206,11 @@ class TrainLoader(Loader):
 
     The permutations of all epochs stand end to end; step s of the global batch B takes positions [s * B, (s + 1) * B),
     of which this rank takes its contiguous part of N = B / world. A batch may straddle two epochs.
+    order: how an epoch is permuted, random or quasi. Under data.order=auto `choose_order` says it for this process
+    alone; where there are several, choose once for all of them.
     The next readable image (cyclic by id) stands in for a damaged one with its pixels and its label; the id stays.
-    Raises DataError for a batch larger than the source, ValueError for one that `world` does not divide.
+    Raises DataError for a batch larger than the source and for a quasi-random order of a source without blocks,
+    ValueError for a batch that `world` does not divide.
     """
 
     stand_in = True
@@ -192,15 +237,35 @@ class TrainLoader(Loader):
         super().__init__(source, config, resident=resident, pin=pin)
         self.batch, self.rank, self.world = batch, rank, world
         self.steps = range(start, stop)
-        self._order = Order(len(source), seed)
+        self.order, _ = choose_order(source, config.order)
+        blocks = getattr(source, "blocks", None) if self.order == "quasi" else None
+        self._order = Order(len(source), seed, blocks, config.window)
+        self._windows: tuple[tuple[int, int], tuple[int, int]] | None = None
+        self._of_blocks: Ints = np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def plan(self) -> Iterator[tuple[Ints, Ints]]:
-        """(epochs, ids) of each step, int64 [N]."""
-        for step in self.steps:
-            yield self._order.at(*rank_positions(step, self.batch, self.rank, self.world))
+    def plan_of(self, rank: int) -> Iterator[tuple[Ints, Ints]]:
+        return (self._planned(number, rank) for number in range(len(self)))
+
+    def _planned(self, number: int, rank: int) -> tuple[Ints, Ints]:
+        return self._order.at(*rank_positions(self.steps[number], self.batch, rank, self.world))
+
+    def _coming(self, made: int, number: int) -> Ints:
+        if self._order.blocks is None:
+            return self._of_blocks
+        begin, end = self.steps[made] * self.batch, (self.steps[number] + 1) * self.batch - 1
+        windows = self._order.window_at(begin), self._order.window_at(end)
+        if windows != self._windows:  # what a window needs is sorted out once, for that takes milliseconds
+            self._windows = windows
+            ids = np.concatenate([self._order.at(begin, end)[1], self._order.coming(end)])
+            ids = ids[: self.steps.stop * self.batch - begin]
+            part = (begin + np.arange(len(ids))) % self.batch * self.world // self.batch
+            ids = ids[part == self.rank]
+            blocks = np.searchsorted(self._order.blocks, ids, side="right")
+            self._of_blocks = ids[np.sort(np.unique(blocks, return_index=True)[1])]
+        return self._of_blocks
 
 
 class EvalLoader(Loader):
@@ -229,14 +294,29 @@ class EvalLoader(Loader):
         if not 0 <= rank < world:
             raise ValueError(f"rank={rank} must be in 0..{world - 1} for world_size={world}")
         super().__init__(source, config, resident=resident, pin=pin)
-        self.batch = batch
-        self.part = range(rank * len(source) // world, (rank + 1) * len(source) // world)
+        self.batch, self.rank, self.world = batch, rank, world
+        self.part = self._part(rank)
+        self._blocks: Ints | None = getattr(source, "blocks", None)
 
     def __len__(self) -> int:
         return -(-len(self.part) // self.batch)
 
-    def plan(self) -> Iterator[tuple[Ints, Ints]]:
-        """(epochs, ids) of each batch, int64 [N]; the epochs are 0."""
-        for start in range(self.part.start, self.part.stop, self.batch):
-            ids = np.arange(start, min(start + self.batch, self.part.stop), dtype=np.int64)
-            yield np.zeros_like(ids), ids
+    def _part(self, rank: int) -> range:
+        return range(rank * len(self.source) // self.world, (rank + 1) * len(self.source) // self.world)
+
+    def plan_of(self, rank: int) -> Iterator[tuple[Ints, Ints]]:
+        return (self._planned(number, rank) for number in range(-(-len(self._part(rank)) // self.batch)))
+
+    def _planned(self, number: int, rank: int) -> tuple[Ints, Ints]:
+        part = self._part(rank)
+        start = part.start + number * self.batch
+        ids = np.arange(start, min(start + self.batch, part.stop), dtype=np.int64)
+        return np.zeros_like(ids), ids
+
+    def _coming(self, made: int, number: int) -> Ints:
+        if self._blocks is None:
+            return np.empty(0, dtype=np.int64)
+        begin, end = (self.part.start + k * self.batch for k in (made, number))
+        first, last = np.searchsorted(self._blocks, (begin, end), side="right")
+        starts = np.maximum(self._blocks[first - 1 : last + BLOCKS_AHEAD], begin)
+        return np.unique(starts[starts < self.part.stop])

@@ -4,12 +4,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 
 from fastsimclr.loaders.philox import philox4x32
+from fastsimclr.loaders.source import DataError, Source
 
 Ints = npt.NDArray[np.int64]
+OrderName = Literal["random", "quasi"]
 
 # Views count up from 0 in the same counter word (draw.py), so the last values are free for the order.
 ORDER_WORD, BLOCKS_WORD = 0xFFFF_FFFF, 0xFFFF_FFFE
@@ -112,6 +116,11 @@ class Order:
             ids[here] = self._epoch(epoch)[0][positions[here] - epoch * self.n]
         return epochs, ids
 
+    def window_at(self, position: int) -> tuple[int, int]:
+        """(epoch, window) of a position; the windows of an epoch count from 0, a full permutation is one."""
+        epoch, offset = divmod(position, self.n)
+        return epoch, int(np.searchsorted(self._epoch(epoch)[1], offset, side="right"))
+
     def coming(self, position: int) -> Ints:
         """The ids that the window of `position` has left, then those of the next window, int64: what to fetch ahead.
 
@@ -119,9 +128,9 @@ class Order:
         """
         if self.blocks is None:
             return np.empty(0, dtype=np.int64)
-        epoch, offset = divmod(position, self.n)
+        epoch, window = self.window_at(position)
+        offset = position - epoch * self.n
         ids, ends = self._epoch(epoch)
-        window = int(np.searchsorted(ends, offset, side="right"))
         if window + 1 < len(ends):
             return ids[offset : ends[window + 1]]
         following, following_ends = self._epoch(epoch + 1)
@@ -136,6 +145,30 @@ class Order:
             else:
                 self._kept[epoch] = quasi_order(self.blocks, self.seed, epoch, self.window)
         return self._kept[epoch]
+
+
+def choose_order(
+    source: Source, asked: Literal["auto", "random", "quasi"], *, fits: bool | None = None
+) -> tuple[OrderName, str]:
+    """(the order for training on `source`, why): quasi where auto is asked and its blocks cannot all be at hand.
+
+    fits: whether they can, where several hosts must agree; None asks the source. Raises DataError where a quasi-random
+    order is asked for of a source without blocks: there it would spare nothing.
+    """
+    blocks = getattr(source, "blocks", None)
+    if asked == "quasi" and blocks is None:
+        raise DataError(
+            f"data.order=quasi needs images that lie together in blocks, in the order of their ids, as in shards or in"
+            f" a packed file, and {source.name} has none; fastsimclr pack SRC DST.beton makes one, or use"
+            " data.order=random"
+        )
+    if asked != "auto":
+        return asked, "as data.order says"
+    if bool(getattr(source, "whole_fits", True)) if fits is None else fits:
+        return "random", "all images can be at hand at once"
+    if blocks is None:
+        return "random", "its shards do not fit data.cache_gib, but its images are not in their order: slow"
+    return "quasi", "its shards do not fit data.cache_gib together"
 
 
 def steps_per_run(n: int, epochs: int, batch: int) -> int:

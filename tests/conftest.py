@@ -67,6 +67,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             config.stash[LEFT_OUT][reason] = len(left_out)
             config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if item not in left_out]
+    if hasattr(config, "workeroutput"):  # a process of pytest-xdist
+        config.workeroutput["left out"] = config.stash[LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take from a process of pytest-xdist what it left out: each collects all tests, the summary is written here."""
+    node.config.stash[LEFT_OUT] |= getattr(node, "workeroutput", {}).get("left out", {})
 
 
 def _installed(package: str) -> bool:

@@ -12,12 +12,14 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-import pytest  # noqa: F401  (imported here, once, because every test module wants it)
+# Imported here, once, because every test module or optimizer wants it and the ranks are forked: seconds for each.
+import pytest  # noqa: F401
 import torch
+import torch._dynamo
 import torch.distributed as dist
 import torch.nn.parallel
 
-import fastsimclr.objectives  # noqa: F401  (likewise)
+import fastsimclr.stages  # noqa: F401
 from fastsimclr.ranks import Ranks
 
 WAIT = timedelta(seconds=60)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import grimp
@@ -101,14 +102,17 @@ def test_install_holds_the_whole_package(checkout: Path, tmp_path: Path, hook: s
         recipes = {f"fastsimclr/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
         typed = {f"{package}/py.typed" for package in ("fastsimclr", "fastsimclr/loaders", "fastsimclr/kernels")}
         expected = {installed(path) for path in modules()} | recipes | typed
+        if shutil.which("cc"):
+            expected.add(f"fastsimclr/loaders/_cut{EXTENSION_SUFFIXES[0]}")
         assert {name for name in names if ".dist-info/" not in name} == expected
     (tmp_path / "elsewhere").mkdir()
     # -S and a plain path: this environment's own editable install of fastsimclr must not answer.
     code = (
-        f"import site, sys; site.addsitedir({str(tmp_path / 'site')!r})\n"
+        f"import shutil, site, sys; site.addsitedir({str(tmp_path / 'site')!r})\n"
         f"sys.path.append({sysconfig.get_path('purelib')!r})\n"
-        "import fastsimclr.loaders.batch, fastsimclr.kernels\n"
-        "print(fastsimclr.__file__, fastsimclr.loaders.batch.__file__, fastsimclr.kernels.__file__, sep='\\n')"
+        "import fastsimclr.loaders.cut, fastsimclr.kernels\n"
+        "assert fastsimclr.loaders.cut.COMPILED or not shutil.which('cc')\n"
+        "print(fastsimclr.__file__, fastsimclr.loaders.cut.__file__, fastsimclr.kernels.__file__, sep='\\n')"
     )
     result = python(code, tmp_path / "elsewhere", "-S")
     assert result.returncode == 0, result.stderr

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
+from fastsimclr.loaders.data import LoaderName
+
 Arch = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 Dtype = Literal["fp32", "fp16", "bf16"]
+LoaderSet = Literal["packed", "raw", "original"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,26 +56,41 @@ class TrainingBench(BenchConfig):
         super().__post_init__()
         if self.batch < 2:
             raise ValueError(f"batch={self.batch} leaves no negatives; give 2 or more")
-        if getattr(self, "images", self.batch) < self.batch:
-            raise ValueError(f"images={getattr(self, 'images', 0)} is fewer than batch={self.batch}; raise --images")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderBench(TrainingBench):
-    """Images a second from files to memory: ours, and torch's DataLoader with torchvision."""
+    """Images a second from files to memory: ours, FFCV, DALI, torch's DataLoader, and bare decoding."""
 
-    steps: int = 16
-    """Batches a round."""
+    rounds: int = 9
+    """Passes that count; all variants take turns in each. One more before them is warm-up, reported apart."""
+    steps: int = 64
+    """Batches a pass."""
     size: int = 224
     """Side of the two crops in pixels, where crops are made."""
     root: str | None = None
     """Folder of images (root/train/CLASS, root/CLASS or flat). Default: JPEG files made for the bench."""
-    images: int = 2048
-    """How many of its images to use, spread over all."""
+    images: int = 400
+    """How many of its images to use, spread over all; a pass reads them again and again."""
     side: int = 256
     """Side in pixels of the JPEG files made where no root is given."""
+    sets: tuple[LoaderSet, ...] = ("packed", "raw", "original")
+    """packed: shrunk to short_side, JPEG of quality 90; raw: the same, decoded; original: the files as they are."""
+    short_side: int = 256
+    """Shorter side in pixels of the packed images; 0: as they are."""
+    whole: bool = True
+    """Also DataLoader with torchvision's whole views, which takes most of the time."""
     threads: int = 0
-    """Our decoding threads, and the baseline's worker processes; 0: one for each core."""
+    """Decoding threads, and worker processes of DataLoader; 0: one for each core."""
+    scratch: str | None = None
+    """Folder for the packed files, some 4 GB at the defaults. Default: the system's temporary one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.short_side < 0 or self.threads < 0:
+            raise ValueError(f"short_side={self.short_side} and threads={self.threads} must be 0 or more")
+        if not self.sets:
+            raise ValueError("sets=[] leaves nothing to measure; name packed, raw or original")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +115,15 @@ class E2eBench(TrainingBench):
     """Side in pixels of the JPEG files made where no root is given."""
     threads: int = 0
     """Our decoding threads; 0: one for each core."""
+    loaders: tuple[LoaderName, ...] = ("resident", "native")
+    """Loaders that ours trains with, in the automatic precision; float32 trains with native."""
     workers: tuple[int, ...] = (0, 2)
     """Numbers of worker processes that the baseline tries once, over a whole round; it then keeps the fastest."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images < self.batch:
+            raise ValueError(f"images={self.images} is fewer than batch={self.batch}; raise --images")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,18 +35,20 @@ def bench_e2e(config: E2eBench) -> Report:
         LOG.info("%s takes %d workers: images/s by number of workers %s", baseline.title(), workers, rates)
         checks["baseline's images/s by workers, one round"] = rates
         size = {"arch": config.arch, "size": config.size, "batch": config.batch, "seed": config.seed}
+        full = choose_runtime(config.device, "fp32", True)
         entries = [
             ours.trained(
-                f"ours {runtime.precision} {'resident' if held else 'decoding each time'}",
+                f"ours {runtime.precision} {loader}",
                 runtime,
                 source,
-                held,
+                resident if loader == "resident" else None,
                 steps=config.steps,
                 threads=config.threads,
-                setup_s=setup_s if held else 0.0,
+                loader=loader,
+                setup_s=setup_s if loader == "resident" else 0.0,
                 **size,  # type: ignore[arg-type]
             )
-            for runtime, held in ((auto, resident), (auto, None), (choose_runtime(config.device, "fp32", True), None))
+            for runtime, loader in [*((auto, loader) for loader in config.loaders), (full, "native")]
         ]
         best = choose_runtime(config.device, "bf16", True)
         entries += [

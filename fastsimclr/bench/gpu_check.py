@@ -29,7 +29,7 @@ NEEDED = {
     "lightly": "lightly",
 }
 
-JOBS = ("tests", "loss", "views-224", "views-cifar", "lars", "step-r18", "step-r50", "loader", "e2e-r18")
+JOBS = ("tests", "loss", "views-224", "views-cifar", "lars", "step-r18", "step-r50", "loader", "e2e-r18", "e2e-r50")
 KERNEL_TESTS = ("test_*_fused.py", "test_nt_xent_extras.py", "test_gather_views.py", "test_views_extras.py")
 
 
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"), help="Folder for the reports.")
     parser.add_argument("--only", nargs="+", choices=JOBS, default=JOBS, help="Parts to run; all where not given.")
+    parser.add_argument("--images", help="Folder of JPEG files for loader and e2e-r50; made where not given.")
     options = parser.parse_args(arguments)
     out: Path = options.out
     if not torch.cuda.is_available():
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if subprocess.run([sys.executable, "-m", "pytest", "-q", *selected], cwd=ROOT).returncode:
             print("gpu-check: the GPU tests failed; no speed is measured on red tests", file=sys.stderr)
             return 1
-    _benches(out, options.only)
+    _benches(out, options.only, options.images)
     print(f"gpu-check: done in {time.perf_counter() - start:.0f} s, reports in {out}")
     return 0
 
@@ -72,7 +73,7 @@ def _of_kernels() -> list[str]:
     return [str(path) for path in sorted(found)]
 
 
-def _benches(out: Path, only: Sequence[str]) -> None:
+def _benches(out: Path, only: Sequence[str], images: str | None) -> None:
     # Here, not above: without simplejpeg these imports fail before the message that says so.
     from fastsimclr.bench.calls_table import table_of_calls
     from fastsimclr.bench.configs import E2eBench, LarsBench, LoaderBench, LossBench, StepBench, ViewsBench
@@ -83,7 +84,11 @@ def _benches(out: Path, only: Sequence[str]) -> None:
     from fastsimclr.bench.record import Report, table, write
     from fastsimclr.bench.step import bench_step
     from fastsimclr.bench.views import bench_views
+    from fastsimclr.loaders.data import LoaderName
 
+    loaders: tuple[LoaderName, ...] = ("resident", "native")
+    if find_spec("nvidia") and find_spec("nvidia.dali"):
+        loaders += ("dali_gpu",)
     cifar = {"policy": "cifar", "size": 32, "side": 32, "images": 8192, "dataset": 50_000}
     jobs: dict[str, Callable[[], Report]] = {
         "loss": lambda: bench_loss(LossBench(device="cuda", rows=(8192, 16384, 65536))),
@@ -92,8 +97,24 @@ def _benches(out: Path, only: Sequence[str]) -> None:
         "lars": lambda: bench_lars(LarsBench(device="cuda")),
         "step-r18": lambda: bench_step(StepBench(device="cuda", batch=512, steps=30)),
         "step-r50": lambda: bench_step(StepBench(device="cuda", arch="resnet50", size=224, batch=128, steps=12)),
-        "loader": lambda: bench_loader(LoaderBench(device="cuda")),
+        "loader": lambda: bench_loader(
+            LoaderBench(device="cuda", root=images, rounds=3, sets=("packed", "raw"), whole=False)
+        ),
         "e2e-r18": lambda: bench_e2e(E2eBench(device="cuda", batch=512, steps=20, images=10240, workers=(4, 16))),
+        "e2e-r50": lambda: bench_e2e(
+            E2eBench(
+                device="cuda",
+                arch="resnet50",
+                size=224,
+                root=images,
+                side=256,
+                batch=256,
+                images=384,
+                steps=12,
+                loaders=loaders,
+                workers=(16,),
+            )
+        ),
     }
     assert ("tests", *jobs) == JOBS
     for name in (name for name in jobs if name in only):

@@ -11,6 +11,7 @@ import torch
 
 from fastsimclr.bench.record import LAST, Contestant, Round, Stopwatch
 from fastsimclr.loaders import Batch, DataConfig, Policy, Resident, Source, TrainLoader
+from fastsimclr.loaders.data import LoaderName
 from fastsimclr.models import ModelConfig, SimCLRNet, build_simclr, count_parameters
 from fastsimclr.objectives import Contrastive
 from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
@@ -72,11 +73,12 @@ def trained(
     steps: int,
     seed: int,
     threads: int = 0,
+    loader: LoaderName = "native",
     setup_s: float = 0.0,
 ) -> Contestant:
     """A contestant whose round is `steps` steps of Trainer.fit on `source`: loader, feed, views, loss and LARS.
 
-    resident: `source` held decoded, or None to decode in threads. setup_s: what holding it took, for the report.
+    resident: `source` held decoded, or None to read it by `loader`. setup_s: what holding it took, for the report.
     """
     net = network(arch, size, seed)
     objective = Contrastive(net, temperature=TEMPERATURE, scaling="paper")
@@ -90,7 +92,7 @@ def trained(
     objective.register_forward_hook(lambda *_: watch.mark("loss"))
     optimizer.register_step_pre_hook(lambda *_: watch.mark("backward"))
     optimizer.register_step_post_hook(lambda *_: watch.mark("optimizer"))
-    data = DataConfig(threads=threads)
+    data = DataConfig(threads=threads, loader=loader)
     pin = runtime.device.type == "cuda"
     schedule = _MarkedSchedule(peak=LR, warmup_steps=0, total_steps=steps, watch=watch)
     turn = 0
@@ -139,7 +141,7 @@ def trained(
         "channels_last": runtime.channels_last,
         "parameters": count_parameters(net),
         "optimizer": "LARS (google)",
-        "loader": "native" if resident is None else "resident",
+        "loader": loader if resident is None else "resident",
         "setup_s": round(setup_s, 3),
     }
     return Contestant(name=name, ours=True, views=objective.views, run=run, facts=facts)

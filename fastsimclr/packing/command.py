@@ -1,4 +1,4 @@
-"""`fastsimclr pack` and `fastsimclr inspect`: their options, and what each prints."""
+"""`fastsimclr pack`, `fastsimclr inspect` and `fastsimclr index`: their options, and what each prints."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from fastsimclr.loaders.beton.pack import Interrupted, Packing, pack
 from fastsimclr.loaders.beton.reader import BetonSource
 from fastsimclr.loaders.beton.recode import Recoding
 from fastsimclr.loaders.beton.verify import damaged_blobs
+from fastsimclr.loaders.shards.cache import GIB, ShardCache, default_cache
+from fastsimclr.loaders.shards.index import labels_of
+from fastsimclr.loaders.shards.index_files import listed, write_index
 from fastsimclr.packing.report import facts, lines
 from fastsimclr.packing.sheet import write_sheet
 from fastsimclr.stopping import StopFlag, Stopped
@@ -49,6 +52,34 @@ class PackOptions:
                 raise ValueError(f"--{name}={getattr(self, name)} must be {rule}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class IndexOptions:
+    """The options of `index`."""
+
+    out: str | None = None
+    """Folder or URL for one index.json of all shards, which data.index then names; without it, one into each folder of
+    the shards, where it is found unasked."""
+    label_key: str | None = None
+    """Where the labels are: the extension of the members that hold them (cls, txt), or json.FIELD. Default: cls."""
+    classes: str | None = None
+    """Text file with the names of classes 0, 1, 2, ..., one a line, for labels that are numbers."""
+    cache: str | None = None
+    """Folder in which remote shards are kept, as data.cache of the run that will read them."""
+    cache_gib: float = 0.0
+    """Most GiB of shards in the cache; 0: no limit."""
+    fetch_retries: int = 5
+    """How often the download of a shard is tried again."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "cache_gib": (self.cache_gib >= 0, "0 (no limit) or more"),
+            "fetch_retries": (self.fetch_retries >= 0, "0 or more"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"--{name}={getattr(self, name)} must be {rule}")
+
+
 def add_packing(name: str, parser: ArgumentParser) -> None:
     """Gives the parser of command `name` its options."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -63,6 +94,10 @@ def add_packing(name: str, parser: ArgumentParser) -> None:
             "--resume", type=Literal["never", "auto"], default="never", help="auto: go on with an interrupted pack."
         )
         parser.add_argument("--overwrite", action="store_true", help="Replace the file where it exists.")
+    elif name == "index":
+        what = "Shards: paths, URLs, folders, or patterns with {000..127}, {a,b} or *, quoted."
+        parser.add_argument("shards", type=str, nargs="+", help=what)
+        parser.add_class_arguments(IndexOptions, as_group=False)
     else:
         parser.add_argument("file", type=str, help="FILE.beton.")
         parser.add_argument("--json", action="store_true", help="Print everything as one JSON object.")
@@ -76,7 +111,7 @@ def add_packing(name: str, parser: ArgumentParser) -> None:
 
 def run_packing(name: str, options: Namespace) -> int:
     """Run command `name` and print what it did; returns the exit code. Raises Stopped with an interrupted pack."""
-    return _pack(options) if name == "pack" else _inspect(options)
+    return {"pack": _pack, "inspect": _inspect, "index": _index}[name](options)
 
 
 def _chosen(kind: type[Any], options: Namespace) -> Any:
@@ -146,3 +181,32 @@ def _inspect(options: Namespace) -> int:
         found["damaged"] = [[str(row) if named is None else named[row], reason] for row, reason in damaged]
     print(json.dumps(found, indent=1) if options.json else "\n".join(lines(found)))
     return 1 if found.get("damaged") else 0
+
+
+def _index(options: Namespace) -> int:
+    how: IndexOptions = _chosen(IndexOptions, options)
+    folder = default_cache() if how.cache is None else Path(how.cache)
+    cache = ShardCache(folder, int(how.cache_gib * GIB), how.fetch_retries)
+    names = None if how.classes is None else _class_names(Path(how.classes))
+    for place in write_index(options.shards, cache, label_key=how.label_key, classes=names, out=how.out):
+        file = listed(place.rpartition("/")[0], cache, None)  # read back: it is there, and whole
+        assert file is not None
+        shards = [(name, samples) for name, (_, _, samples) in file.shards.items()]
+        labels, classes = labels_of(shards, how.label_key, file.classes)
+        size = sum(size for size, _, _ in file.shards.values())
+        unlabelled, left_out = labels.count(-1), sum(len(samples.left_out) for _, samples in shards)
+        print(
+            f"{place}: {len(shards):,} shards of {size / GIB:.2f} GiB, {len(labels):,} images,"
+            f" {len(classes):,} classes, {unlabelled:,} unlabelled, {left_out:,} keys without an image"
+        )
+    return 0
+
+
+def _class_names(path: Path) -> list[str]:
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--classes {path} cannot be read: {error}; name a text file") from error
+    if not names or not all(names) or len(set(names)) < len(names):
+        raise DataError(f"--classes {path} has {len(names)} lines; write one name a line, none empty, none twice")
+    return names

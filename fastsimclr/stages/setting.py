@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NoReturn
@@ -13,9 +13,11 @@ from tqdm import tqdm
 from fastsimclr import checkpoint
 from fastsimclr.loaders import (
     Batch,
+    DataConfig,
     DataError,
     EvalLoader,
     Loader,
+    OrderName,
     Policy,
     Relabelled,
     Resident,
@@ -23,9 +25,8 @@ from fastsimclr.loaders import (
     Splits,
     Subset,
     TrainLoader,
-    backend_name,
-    free_bytes,
-    hold,
+    choose_order,
+    choose_place,
     label_subset,
     open_data,
     thread_count,
@@ -49,10 +50,9 @@ class Setting:
         self.ranks = self.runtime.ranks
         here = self.ranks.local_world
         threads = recipe.data.threads or max(1, thread_count(0) // here)
-        self._sharers = here if self.runtime.device.type == "cpu" else 1
-        self.data = replace(recipe.data, threads=threads, resident_gib=recipe.data.resident_gib / self._sharers)
+        self.data = replace(recipe.data, threads=threads)
         self.environment = environment(self.runtime)  # now: the checkout may change while this process runs
-        self._held: dict[tuple[str, str], Resident | None] = {}
+        self._held: dict[tuple[str, str], tuple[Resident | None, str]] = {}  # and why
         self._damaged: dict[tuple[str, str], tuple[Source, list[dict[int, str]]]] = {}
         self._agree()
 
@@ -117,14 +117,36 @@ class Setting:
         """One fixed view an image: the centre, or the whole image where small."""
         return replace(self.crop_flip_policy(), crop="centre", rotate=0.0, flip=0.0)
 
-    def training_batches(self, source: Source, batch: int) -> Callable[[int, int], Iterable[Batch]]:
-        """(start, stop) -> the batches of those steps."""
+    def order_is_open(self, source: Source) -> bool:
+        """Whether the order of a training on `source` is for `ordered` to choose."""
+        return self.data.order == "auto" and getattr(source, "blocks", None) is not None
+
+    def ordered(self, source: Source, begun: Mapping[str, Any]) -> DataConfig:
+        """The data settings with the order of a training on `source`: that of the run to go on with, else chosen.
+
+        begun: the facts of that run's checkpoint. One answer on all ranks: room may differ from machine to machine.
+        """
+        asked, window = self.data.order, self.data.window
+        order: OrderName
+        if self.order_is_open(source) and begun:
+            order, window = begun.get("order", "random"), begun.get("window", window)
+            reason = "as the run began"
+        else:
+            fits = all(self.ranks.gather(bool(getattr(source, "whole_fits", True))))
+            order, reason = choose_order(source, asked, fits=fits)
+        data = replace(self.data, order=order, window=window)
+        if asked != "auto" or self.order_is_open(source) or not getattr(source, "whole_fits", True):
+            logger.info("%s: data.order=%s: %s, %s", source.name, asked, order_name(data), reason)
+        return data
+
+    def training_batches(self, source: Source, batch: int, data: DataConfig) -> Callable[[int, int], Iterable[Batch]]:
+        """(start, stop) -> the batches of those steps, in the order of `data`, as `ordered` gives it."""
         resident, runtime, ranks = self._resident(source), self.runtime, self.ranks
 
         def batches(start: int, stop: int) -> Iterable[Batch]:
             loader = TrainLoader(
                 source,
-                self.data,
+                data,
                 batch=batch,
                 seed=self.recipe.seed,
                 start=start,
@@ -152,8 +174,9 @@ class Setting:
         return self._noting_damage(loader)
 
     def loader_name(self, source: Source) -> str:
-        """Which loader serves `source`: resident, or the one that reads."""
-        return backend_name(self.data) if self._resident(source) is None else "resident"
+        """Which loader serves `source`; where it was chosen, the reason too."""
+        self._resident(source)
+        return self._held[_key(source)][1]
 
     def data_facts(self) -> dict[str, Any]:
         """Sizes, classes, fingerprint and the damaged images that any rank found, for result files. Every rank asks.
@@ -186,24 +209,23 @@ class Setting:
 
     def _resident(self, source: Source) -> Resident | None:
         key = _key(source)
-        if key not in self._held and self.data.loader not in ("auto", "resident"):
-            self._held[key] = None
-            logger.info("%s: %d images, data.loader=%s", source.name, len(source), self.data.loader)
         if key not in self._held:
-            free = min(self.ranks.gather(free_bytes(self.runtime.device))) // self._sharers  # one answer on all ranks
-            shown = None if self.ranks.first else True  # None: where there is a terminal
+            place = choose_place(source, self.data, self.runtime.device, self.ranks)
+            logger.info("%s: %d images, loaded by %s", source.name, len(source), place.why)
+            shown = None if self.ranks.first and place.parts else True  # None: where there is a terminal
             with tqdm(desc=f"decoding {source.name}", unit="image", disable=shown, leave=False) as bar:
-                self._held[key] = hold(
-                    source, self.data, self.runtime.device, lambda done, n: _show(bar, done, n), free=free
-                )
-            chosen = "resident, the images fit" if self._held[key] else "native, they are decoded as they are read"
-            logger.info("%s: %d images, data.loader=%s: %s", source.name, len(source), self.data.loader, chosen)
-        return self._held[key]
+                self._held[key] = place.fill(lambda done, n: _show(bar, done, n)), place.why
+        return self._held[key][0]
 
     def _noting_damage(self, loader: Loader) -> Iterable[Batch]:
         source = loader.source
         self._damaged.setdefault(_key(source), (source, []))[1].append(loader.bad)
         return loader
+
+
+def order_name(data: DataConfig) -> str:
+    """The order of a training in words, for result files."""
+    return data.order if data.order != "quasi" else f"quasi, {data.window} blocks at a time"
 
 
 def _key(source: Source) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from fastsimclr.models import ClassifierNet, count_parameters
 from fastsimclr.objectives import Objective
 from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
 from fastsimclr.recipe import dump_recipe
-from fastsimclr.stages.setting import Setting
+from fastsimclr.stages.setting import Setting, order_name
 from fastsimclr.trainer import Hook, Job, Trainer
 
 _DEFAULT_BATCH = 256
@@ -69,8 +69,10 @@ def train(
     if n < world:
         raise ValueError(f"{stage}: {source.name} has {n} images for {world} ranks; start at most {n}")
     batch = config.batch
-    if batch is None and resume:
-        batch = setting.ranks.on_first(lambda: _begun_with(run))
+    begun: dict[str, Any] = {}
+    if resume and (batch is None or setting.order_is_open(source)):
+        begun = setting.ranks.on_first(lambda: _begun_with(run))
+        batch = batch or begun.get("batch")
     if batch is None:
         batch = min(_DEFAULT_BATCH, n)
         batch -= batch % world
@@ -86,20 +88,21 @@ def train(
     setting.runtime.place(objective)
     heads = objective.supervised_heads()
     optimizer = build_optimizer(optim, objective, global_batch=batch, heads=heads, settings=objective.head_settings())
-    batches = setting.training_batches(source, batch)
+    data = setting.ordered(source, begun)
+    order = {"order": data.order} if data.order == "random" else {"order": data.order, "window": data.window}
     job = Job(
         stage=stage,
         run=run,
         objective=objective,
         optimizer=optimizer,
         schedule=Schedule.from_epochs(n, config.epochs, batch, optim.warmup_epochs, optim.peak_lr(batch)),
-        batches=batches,
+        batches=setting.training_batches(source, batch, data),
         batch=batch,
         policy=policy,
         seed=setting.recipe.seed,
         fingerprint=source.fingerprint,
         recipe=dump_recipe(setting.recipe),
-        facts={**facts, "seed": setting.recipe.seed, "optimizer": optim.name},
+        facts={**facts, "seed": setting.recipe.seed, "optimizer": optim.name, **order},
         resume=resume,
         hooks=hooks,
     )
@@ -112,6 +115,7 @@ def train(
         trained_s=trainer.trained_s,
         implementations={
             "loader": setting.loader_name(source),
+            "order": order_name(data),
             "views": chosen("views", setting.runtime.device),
             "loss": objective.loss_name(setting.runtime.device),
             "optimizer": getattr(trainer.job.optimizer, "implementation", f"{optim.name}.torch"),
@@ -120,10 +124,11 @@ def train(
     )
 
 
-def _begun_with(run: Path) -> int | None:
-    """The batch of the newest checkpoint in `run`, if there is one: at first it may have fitted other ranks."""
+def _begun_with(run: Path) -> dict[str, Any]:
+    """The facts of the newest checkpoint in `run`, if there is one: batch and order fitted what there was at first."""
     saved = checkpoint.saved(run)
-    return checkpoint.load(saved[-1])["facts"].get("batch") if saved else None
+    facts: dict[str, Any] = checkpoint.load(saved[-1])["facts"] if saved else {}
+    return facts
 
 
 def bn_name(groups: int, world: int) -> str:

@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as v2
 
 from fastsimclr.loaders.backends.native import Ints, Job
 from fastsimclr.loaders.backends.screen import Screened, screened
@@ -50,6 +49,8 @@ class Views(Dataset[Tensor]):
         self.source, self.size, self.max_pixels = source, size, max_pixels
 
     def __getitem__(self, task: Task) -> Tensor:
+        from torchvision.transforms.v2 import functional as v2  # two seconds, which no other backend is to wait
+
         cuts = torch.empty((len(task.boxes), len(task.owners), self.size, self.size, 3), dtype=torch.uint8)
         for row, owner in enumerate(task.owners.tolist()):
             picture = self._picture(owner, bool(task.plain[row]))

@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import local
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -17,8 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastsimclr.loaders.backends.resident import offsets_of
-from fastsimclr.loaders.batch import Batch, Ragged
+from fastsimclr.loaders.batch import Batch, Ragged, offsets_of
 from fastsimclr.loaders.cut import Crops, as_cut, cut
 from fastsimclr.loaders.data import DataConfig
 from fastsimclr.loaders.decode import Encoded
@@ -32,7 +30,6 @@ T = TypeVar("T")
 
 AHEAD = 3  # batches being decoded while one is in use
 CHUNK = 32  # most images decoded by one task
-_scratch = local()
 
 
 class Job(Protocol):
@@ -211,11 +208,7 @@ class _Decoding:
         damaged = []
         for k in range(start, stop):
             head = self._heads[k]
-            room = (
-                room_for(head.size)
-                if self._job.crops is not None
-                else self._flat[self._starts[k] : self._starts[k + 1]]
-            )
+            room = None if self._job.crops else self._flat[self._starts[k] : self._starts[k + 1]]
             pixels = self._job.reader.decode(head.owner, head.data, head.size, room)
             if pixels is None:
                 damaged.append(k)
@@ -226,12 +219,3 @@ class _Decoding:
     def _cut(self, pixels: Pixels, k: int, boxes_V14: npt.NDArray[np.int32]) -> None:
         for view, (box,) in enumerate(boxes_V14.tolist()):
             cut(pixels, box, self._cuts[view, k])
-
-
-def room_for(size: Sequence[int]) -> Pixels:
-    """This thread's own place for one decoded image: warm in its core's cache, and no new pages for each image."""
-    needed = 3 * size[0] * size[1]
-    if getattr(_scratch, "room", None) is None or len(_scratch.room) < needed:
-        _scratch.room = np.empty(needed + needed // 4, dtype=np.uint8)
-    room: Pixels = _scratch.room
-    return room

@@ -1,35 +1,43 @@
-"""A data set held decoded in memory: read once, after which a batch is a list of ids."""
+"""A data set held decoded in memory: read once, after which a batch is a list of ids.
 
-# n images, N images of a batch
+One process holds it whole on its device. The ranks of a machine that run on CPUs decode it together into one copy that
+all of them read. GPUs hold it whole each where it fits one; where it fits only several, each holds a part and the
+images of a batch are exchanged (sharded.py), among those of a machine if they suffice, else among all.
+"""
+
+# n images, N images of a batch, W ranks, P ranks that decode together
 
 from __future__ import annotations
 
 import logging
 import os
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastsimclr.loaders.backends.decoded import cut_batches
+from fastsimclr.loaders.backends.held import GIB, DeviceRoom, HostRoom, Room, decode_into, free_bytes
+from fastsimclr.loaders.backends.sharded import Alone, Peers, Shards
 from fastsimclr.loaders.batch import Batch, Ragged
+from fastsimclr.loaders.cut import Crops
 from fastsimclr.loaders.data import DataConfig
 from fastsimclr.loaders.decode import image_size
-from fastsimclr.loaders.faults import Reader
+from fastsimclr.loaders.faults import Reader, too_many_damaged
 from fastsimclr.loaders.source import DataError, Source
 
 Ints = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
 
 LOG = logging.getLogger("fastsimclr")
-GIB = 2**30
-CHUNK = 64  # images decoded by one task
+ALONE = Alone()
 SAMPLE = 256  # images whose sizes stand for all
-HEADROOM = 1.05  # on the estimate from a sample
+HEADROOM = 1.05  # on the estimate from a sample, and on a part's share
+_NONE: tuple[Ints, Ints] = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
 
 def thread_count(asked: int) -> int:
@@ -39,39 +47,95 @@ def thread_count(asked: int) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def offsets_of(sizes: Tensor) -> Tensor:
-    """Where each image begins in a buffer that holds all in order. sizes: int32 [n, 2], pixels; int64 [n], bytes."""
-    lengths = 3 * sizes[:, 0].long() * sizes[:, 1].long()
-    return lengths.cumsum(0) - lengths
+class Job(Protocol):
+    """What is read of a loader (fastsimclr.loaders.loader.Loader): `rank` of `world`, and the plan of each rank."""
+
+    stand_in: bool
+    rank: int
+    world: int
+    crops: Crops | None
+    threads: int
+
+    def plan_of(self, rank: int) -> Iterator[tuple[Ints, Ints]]: ...
 
 
 class Resident:
-    """The n images of `source` decoded in one buffer on a device, with their sizes and labels on the host.
+    """The n images of `source` decoded, with their sizes and labels on the host.
 
-    A damaged image has the pixels, size and label of the next readable one. bad: {id: reason}.
-    images: n rows on the device. sizes: int32 [n, 2]. labels: int64 [n]. readable: bool [n], numpy.
+    A damaged image has the pixels, size and label of the next readable one. bad: {id: reason}, of all ranks.
+    images: n rows on the device; of a sharded set the offsets are into the parts that `shards` knows, of which the
+    buffer is this rank's. sizes: int32 [n, 2]. labels: int64 [n]. readable: bool [n], numpy.
     """
 
-    name = "resident"
-
-    def __init__(self, source: Source, images: Ragged, sizes: Tensor, labels: Tensor, bad: dict[int, str]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        images: Ragged,
+        sizes: Tensor,
+        labels: Tensor,
+        bad: dict[int, str],
+        shards: Shards | None = None,
+    ) -> None:
         self.source = source
         self.images = images
         self.sizes = sizes
         self.labels = labels
         self.bad = bad
+        self.shards = shards
         self.readable = np.ones(len(source), dtype=bool)
         self.readable[list(bad)] = False
 
-    def batch(self, epochs: Ints, ids: Ints, stand_in: bool) -> Batch:
-        """The images at `ids` (int64 [N]) as rows of the buffer; damaged ones left out unless others stand in."""
-        if not stand_in:
-            epochs, ids = epochs[self.readable[ids]], ids[self.readable[ids]]
+    @property
+    def cuts(self) -> bool:
+        """Whether crops can be cut on the CPU: the pixels of all images are there."""
+        return self.shards is None and self.images.buffer.device.type == "cpu"
+
+    def batches(self, job: Job) -> Generator[Batch]:
+        """The batches of the job's plan; damaged images are left out unless others stand in, and batches of none.
+
+        Of a sharded set all ranks ask for theirs in step, each for its own part of one plan, or (world 1) all for the
+        same; the next batch is then on its way while one is in use.
+        """
+        if self.shards is None and job.crops is not None:
+            plans = (self._kept(plan, job.stand_in) for plan in job.plan_of(job.rank))
+            where = self.images.buffer.numpy(), self.images.offsets.numpy(), self.sizes.numpy(), self.labels.numpy()
+            yield from cut_batches((plan for plan in plans if len(plan[1])), job.crops, *where, job.threads)
+            return
+        if self.shards is None:
+            for plan in job.plan_of(job.rank):
+                epochs, ids = self._kept(plan, job.stand_in)
+                if len(ids):
+                    yield self._batch(epochs, ids, self._select(ids))
+            return
+        peers = self.shards.peers
+        parts_of = [job.plan_of(rank % job.world) for rank in range(peers.world)]
+        coming: Callable[[], Batch] | None = None
+        for parts in zip_longest(*parts_of, fillvalue=_NONE):
+            kept = [self._kept(part, job.stand_in) for part in parts]
+            following = self._begin(kept, self.shards)
+            if coming and len(batch := coming()):
+                yield batch
+            coming = following
+        if coming and len(batch := coming()):
+            yield batch
+
+    def _begin(self, kept: list[tuple[Ints, Ints]], shards: Shards) -> Callable[[], Batch]:
+        images = shards.fetch([ids for _, ids in kept])
+        epochs, ids = kept[shards.peers.rank]
+        return lambda: self._batch(epochs, ids, images())
+
+    def _kept(self, plan: tuple[Ints, Ints], stand_in: bool) -> tuple[Ints, Ints]:
+        epochs, ids = plan
+        return (epochs, ids) if stand_in else (epochs[self.readable[ids]], ids[self.readable[ids]])
+
+    def _select(self, ids: Ints) -> Ragged:
+        index, device = torch.from_numpy(ids), self.images.buffer.device
+        return self.images.select(index if device.type == "cpu" else index.pin_memory().to(device, non_blocking=True))
+
+    def _batch(self, epochs: Ints, ids: Ints, images: Ragged) -> Batch:
         index = torch.from_numpy(ids)
-        device = self.images.buffer.device
-        there = index if device.type == "cpu" else index.pin_memory().to(device, non_blocking=True)
         return Batch(
-            images=self.images.select(there),
+            images=images,
             ids=index,
             epochs=torch.from_numpy(epochs),
             labels=self.labels[index],
@@ -79,120 +143,196 @@ class Resident:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a source is to be held, the same on all ranks. why: which loader serves it and for what reason, in words.
+
+    parts: how many ranks decode it together, 0 where it is not held. expected: bytes of it decoded, as estimated.
+    room: the memory that the ranks of a machine share, if they do; else each has its own.
+    """
+
+    source: Source
+    config: DataConfig
+    device: torch.device
+    peers: Peers
+    parts: int
+    expected: int
+    why: str
+    room: HostRoom | None = None
+
+    def fill(self, progress: Callable[[int, int], None] | None = None) -> Resident | None:
+        """The source decoded there, once, or None where it is not held. Every rank calls it.
+
+        progress: called with (images done, images of this rank). DataError, on every rank that decodes with another,
+        where too much is damaged or memory is used up.
+        """
+        if not self.parts:
+            return None
+        n, rank = len(self.source), self.peers.rank
+        bounds = np.array([n * part // self.parts for part in range(self.parts + 1)])
+        share = self.expected if self.parts == 1 else int(HEADROOM * self.expected) // self.parts
+        room: Room = self.room or DeviceRoom(self.device, share)
+        part = rank % self.parts
+        tables, bad = self._decoded(room, range(bounds[part], bounds[part + 1]), progress)
+        owners = _stand_ins(n, bad)
+        sizes = torch.cat([sizes for sizes, _ in tables])[owners]
+        offsets = torch.cat([offsets for _, offsets in tables])[owners]
+        labels = torch.tensor(self.source.labels)[owners]
+        heights, widths = sizes[:, 0].contiguous(), sizes[:, 1].contiguous()
+        images = Ragged(buffer=room.filled(), offsets=offsets, heights=heights, widths=widths).to(self.device)
+        shards = None
+        if self.parts > 1 and self.room is None:
+            shards = Shards(
+                self.peers,
+                self.parts,
+                images.buffer,
+                parts=np.searchsorted(bounds, owners.numpy(), side="right") - 1,
+                offsets=offsets.numpy(),
+                heights=heights.long().numpy(),
+                widths=widths.long().numpy(),
+            )
+        return Resident(self.source, images, sizes, labels, bad, shards)
+
+    def _decoded(
+        self, room: Room, part: range, progress: Callable[[int, int], None] | None
+    ) -> tuple[list[tuple[Tensor, Tensor]], dict[int, str]]:
+        """(sizes, offsets) of each of the ranks that decode together, and what is damaged on any rank."""
+        reader = Reader(self.source, self.config.max_bad_fraction, self.config.max_pixels)
+        mine: tuple[Tensor, Tensor] | None = None
+        failure: Exception | None = None
+        threads = thread_count(self.config.threads)
+        if self.parts == 1:
+            return [decode_into(room, reader, part, threads, progress)], reader.bad
+        try:
+            mine = decode_into(room, reader, part, threads, progress)
+        except Exception as error:  # raised below: the others wait for this rank, and are to hear of it
+            failure = error
+        said = self.peers.gather((mine, reader.bad, None if failure is None else str(failure)))
+        bad = {index: reason for _, some, _ in said for index, reason in some.items()}
+        if len(bad) > self.config.max_bad_fraction * len(self.source):
+            raise too_many_damaged(self.source.name, len(self.source), bad, self.config.max_bad_fraction)
+        if failure is not None:
+            raise failure
+        for rank, (_, _, text) in enumerate(said):
+            if text is not None:
+                raise DataError(f"rank {rank}, while decoding {self.source.name}: {text}")
+        first = self.peers.rank - self.peers.rank % self.parts
+        return [table for table, _, _ in said[first : first + self.parts] if table is not None], bad
+
+
+def _stand_ins(n: int, bad: dict[int, str]) -> Tensor:
+    """int64 [n], whose pixels each image shows: its own, or where damaged those of the next readable one, cyclic."""
+    owners = torch.arange(n)
+    for index in 2 * sorted(bad, reverse=True):  # from the end, and twice, for a run that goes past the end
+        owners[index] = owners[(index + 1) % n]
+    return owners
+
+
 def hold(
     source: Source,
     config: DataConfig,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
-    *,
-    free: int | None = None,
+    peers: Peers = ALONE,
 ) -> Resident | None:
     """`source` decoded on `device`, or None where config.loader is "auto" and it does not fit, or one that reads.
 
-    progress: called with (images done, n). free: bytes to reckon with, measured where None.
-    Raises DataError where it must fit and does not, or too much is damaged.
+    Every rank of `peers` calls it. progress and errors: as `choose_place` and `Place.fill`.
     """
-    if config.loader not in ("auto", "resident") or not len(source):
-        return None
-    limit = int(config.resident_gib * GIB) or (free_bytes(device) if free is None else free) // 2
-    reader = Reader(source, config.max_bad_fraction, config.max_pixels)
+    return choose_place(source, config, device, peers).fill(progress)
+
+
+def choose_place(source: Source, config: DataConfig, device: torch.device, peers: Peers = ALONE) -> Place:
+    """Where `source` is to be held by `peers`, each of which has a `device` of its own and calls this.
+
+    The limit is data.resident_gib, or half of the free memory where that is least: of a device, or of a machine for
+    ranks on CPUs. DataError where data.loader=resident and it does not fit.
+    """
+
+    def place(parts: int, why: str, room: HostRoom | None = None) -> Place:
+        return Place(
+            source=source,
+            config=config,
+            device=device,
+            peers=peers,
+            parts=parts,
+            expected=needed,
+            why=why,
+            room=room,
+        )
+
+    needed = 0
+    if config.loader not in ("auto", "resident"):
+        return place(0, config.loader)
+    if not len(source):
+        return place(0, "native: no image to hold")
     # Shards that do not fit their cache are not fetched to learn their images' sizes.
-    needed = _estimate(reader) if getattr(source, "whole_fits", True) else 2**63
-    if needed > limit:
-        text = f"{source.name} takes {needed / GIB:.2f} GiB decoded, over the limit of {limit / GIB:.2f} GiB a process"
-        if config.loader == "resident":
-            raise DataError(f"data.loader=resident, but {text} on {device}; use auto or raise data.resident_gib")
-        LOG.info("%s: not held in memory", text)
-        return None
-    return _decode_all(reader, needed, device, thread_count(config.threads), progress)
+    needed = _estimate(source, config.max_pixels) if getattr(source, "whole_fits", True) else 2**63
+    answers = peers.gather((needed, free_bytes(device)))
+    needed = max(answer[0] for answer in answers)
+    limit = int(config.resident_gib * GIB) or min(answer[1] for answer in answers) // 2
+    shared = device.type == "cpu"
+    parts, where = _layout(needed, limit, shared, peers.world, peers.local_world)
+    size = f"{_amount(needed)} decoded" if needed < 2**63 else "more than its cache"
+    bound = f"the limit of {_amount(limit)} a {'machine' if shared else 'device'}"
+    room, reason = None, "" if parts else f"{source.name} takes {size}, over {bound}{where}"
+    if shared and parts > 1:
+        try:
+            room = HostRoom(peers, config.max_pixels)
+        except DataError as error:
+            reason = str(error)
+    if reason and config.loader == "resident":
+        raise DataError(f"data.loader=resident, but {reason}; use auto or raise data.resident_gib")
+    return (
+        place(0, f"native, not resident: {reason}")
+        if reason
+        else place(parts, f"resident{where}: {size}, {bound}", room)
+    )
 
 
-def _estimate(reader: Reader) -> int:
+def _layout(needed: int, limit: int, shared: bool, world: int, local_world: int) -> tuple[int, str]:
+    """(how many ranks decode together, in words where the images then are); 0 where `needed` bytes do not fit.
+
+    limit: bytes of a device, or of a machine where its ranks share its memory.
+    """
+    if shared:
+        one = f", one copy for the {local_world} ranks of a machine" if local_world > 1 else ""
+        return (local_world, one) if needed <= limit else (0, "")
+    if needed <= limit:
+        return 1, ", whole on each device" if world > 1 else ""
+    if HEADROOM * needed <= limit * local_world:
+        return local_world, f", sharded over the {local_world} ranks of a machine"
+    if HEADROOM * needed <= limit * world:
+        return world, f", sharded over all {world} ranks"
+    return 0, f" and of all {world}" if world > 1 else ""
+
+
+def _amount(count: int) -> str:
+    """`count` bytes for people."""
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count} bytes"
+
+
+def _estimate(source: Source, max_pixels: int) -> int:
     """Bytes of all images decoded, from the sizes of up to 256 spread over the source; exact where those are all."""
-    n = len(reader.source)
-    if (sizes := getattr(reader.source, "pixel_sizes", None)) is not None:
+    n = len(source)
+    if (sizes := getattr(source, "pixel_sizes", None)) is not None:
         return 3 * int(sizes.prod(axis=1, dtype=np.int64).sum())
     ids = np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64))
-    areas = [area for index in ids if (area := _area(reader, int(index)))]
+    areas = [area for index in ids if (area := _area(source, int(index), max_pixels))]
     if not areas:
         return 0
     alike = len(ids) == n or min(areas) == max(areas)
     return int(np.ceil(3 * n * np.mean(areas) * (1 if alike else HEADROOM)))
 
 
-def _area(reader: Reader, index: int) -> int:
+def _area(source: Source, index: int, max_pixels: int) -> int:
     """Pixels of an image; 0 where it is damaged, which the decoding will count."""
     try:
-        data = reader.source.read(index)
-        size = data.shape[:2] if isinstance(data, np.ndarray) else image_size(data, "", reader.max_pixels)
+        data = source.read(index)
+        size = data.shape[:2] if isinstance(data, np.ndarray) else image_size(data, "", max_pixels)
     except (DataError, OSError):
         return 0
     return int(size[0]) * int(size[1])
-
-
-def _decode_all(
-    reader: Reader, needed: int, device: torch.device, threads: int, progress: Callable[[int, int], None] | None
-) -> Resident:
-    n = len(reader.source)
-    sizes = torch.zeros((n, 2), dtype=torch.int32)
-    owners = torch.arange(n)
-    buffer = torch.empty(needed, dtype=torch.uint8, device=device)
-    used = 0
-    starts = deque(range(0, n, CHUNK))
-    running: deque[tuple[int, Future[list[Pixels | None]]]] = deque()
-
-    def decode(start: int) -> list[Pixels | None]:
-        return [reader.read(index) for index in range(start, min(start + CHUNK, n))]
-
-    with ThreadPoolExecutor(threads, thread_name_prefix="resident") as pool:
-        try:
-            while starts or running:
-                while starts and len(running) < 2 * threads:
-                    running.append((starts[0], pool.submit(decode, starts.popleft())))
-                start, future = running.popleft()
-                pixels = future.result()
-                sizes[start : start + len(pixels)] = torch.tensor(
-                    [p.shape[:2] if p is not None else (0, 0) for p in pixels]
-                )
-                flat = np.concatenate([p.reshape(-1) for p in pixels if p is not None] or [np.empty(0, np.uint8)])
-                if used + flat.size > buffer.numel():  # the sample was too small
-                    buffer = torch.cat([buffer[:used], buffer.new_empty(flat.size + buffer.numel() // 4)])
-                buffer[used : used + flat.size].copy_(torch.from_numpy(flat))
-                used += flat.size
-                if progress:
-                    progress(start + len(pixels), n)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-    for index in 2 * sorted(reader.bad, reverse=True):  # from the end, and twice, for a run that goes past the end
-        owners[index] = owners[(index + 1) % n]
-    offsets = offsets_of(sizes)[owners]
-    sizes = sizes[owners]
-    images = Ragged(
-        buffer=buffer[:used], offsets=offsets, heights=sizes[:, 0].contiguous(), widths=sizes[:, 1].contiguous()
-    )
-    labels = torch.tensor(reader.source.labels)[owners]
-    return Resident(reader.source, images.to(device), sizes, labels, reader.bad)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory free on `device` in bytes; for the CPU what the process's control group leaves it."""
-    if device.type != "cpu":
-        return int(torch.get_device_module(device).mem_get_info(device)[0])
-    lines = _table(Path("/proc/meminfo"))
-    if "MemAvailable:" not in lines:  # not Linux: half of what is built in
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    free = lines["MemAvailable:"] * 1024
-    group = Path("/sys/fs/cgroup")
-    limit, stat = group / "memory.max", _table(group / "memory.stat")
-    if limit.is_file() and (text := limit.read_text().strip()).isdecimal() and "inactive_file" in stat:
-        taken = int((group / "memory.current").read_text()) - stat["inactive_file"]
-        free = min(free, max(int(text) - taken, 0))
-    return free
-
-
-def _table(path: Path) -> dict[str, int]:
-    """A kernel file of lines "name number ..." as a dict; empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    rows = [line.split() for line in path.read_text().splitlines()]
-    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}

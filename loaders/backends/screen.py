@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastsimclr.loaders.backends.native import AHEAD, Ints, Job, Pixels, chunks, room_for
+from fastsimclr.loaders.backends.native import AHEAD, Ints, Job, Pixels, chunks
 from fastsimclr.loaders.batch import Batch, Ragged
 from fastsimclr.loaders.cut import Crops
 from fastsimclr.loaders.decode import MAX_PIXELS, Encoded, is_plain_jpeg
@@ -148,7 +148,7 @@ class _Screen:
         if found is not None and not visited:
             size = found.size if self._table is None else self._table[index].tolist()
             pixels = isinstance(found.data, np.ndarray)
-            if not pixels and not self._verified and reader.decode(index, found.data, size, room_for(size)) is None:
+            if not pixels and not self._verified and reader.decode(index, found.data, size) is None:
                 found = None
             else:
                 few = found.size[0] * found.size[1] <= MAX_PIXELS  # Pillow has a limit of its own

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,6 +47,14 @@ class Journal:
         if self._file.write(line) < len(line):  # a disk that is nearly full takes a part; the rest says why
             self._file.write(line)
         os.fsync(self._file.fileno())
+
+    def discard(self) -> None:
+        """Remove it, unless another process adds to it. Raises OSError."""
+        if self.path.exists():
+            with suppress(DataError):
+                self.start(keep=True)
+                self.path.unlink()
+        self.close()
 
     def close(self) -> None:
         """Close the file; its entries stay."""

@@ -1,8 +1,7 @@
 """From any source to one .beton file: converted by many threads, laid down in the source's order, whole or not at all.
 
-While it works there are FILE.partial and FILE.journal. The journal has a line for each 64 MiB of pages that are on the
-disk, so that an interrupted run goes on there; the result is the same to the byte. FILE appears when it is
-complete and every stored blob has been read again and has its checksum.
+While it works there are FILE.partial and FILE.journal, from which an interrupted run goes on; the result is the same to
+the byte.
 """
 
 # n images of the source
@@ -12,29 +11,26 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from fastsimclr.loaders.beton.journal import Entry, Journal
+from fastsimclr.loaders.beton.journal import Journal
 from fastsimclr.loaders.beton.lossless import describe
 from fastsimclr.loaders.beton.origins import image_names
+from fastsimclr.loaders.beton.partial import Partial, journal_path, partial_path
 from fastsimclr.loaders.beton.reader import BetonSource
 from fastsimclr.loaders.beton.recode import Recoding, Stored, recode
-from fastsimclr.loaders.beton.sidecar import Sidecar, left_out_path, sidecar_path, write_left_out, write_sidecar
-from fastsimclr.loaders.beton.verify import damaged_blobs
-from fastsimclr.loaders.beton.writer import BetonWriter
+from fastsimclr.loaders.faults import unexpected
 from fastsimclr.loaders.sets.basic import FileSource, Subset
 from fastsimclr.loaders.sets.lists import some
+from fastsimclr.loaders.shards.remote import FetchError
 from fastsimclr.loaders.source import DataError, Source
 
-CHECKPOINT_BYTES = 64 * 2**20
+CHECKPOINT_BYTES = 64 * 2**20  # of whole pages between two lines of the journal
 CHUNK = 8  # images converted by one task
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -66,20 +62,6 @@ class Packing:
         return {**asdict(self.recoding), "page_bytes": self.page_bytes, "progressive": describe()}
 
 
-@dataclass(frozen=True)
-class _Image:
-    """One image in the partial file. id: in the source."""
-
-    id: int
-    start: int
-    length: int
-    height: int
-    width: int
-    raw: bool
-    crc: int
-    way: str
-
-
 def pack(
     source: Source,
     target: Path,
@@ -90,8 +72,10 @@ def pack(
 ) -> BetonSource:
     """Pack `source` into `target`, with FILE.json beside it and FILE.left-out.csv where images were left out.
 
-    progress: called with (images done, n). stop: asked between images; Interrupted follows. Raises DataError for too
-    many damaged images, a file that is there already, a full disk and settings that do not fit an interrupted pack.
+    progress: called with (images done, n). stop: asked between images, also while the finished file is checked;
+    Interrupted follows. Raises DataError for too many damaged images, a file that is there already, a full or failing
+    disk and settings that do not fit an interrupted pack, FetchError as the source does, and RuntimeError, naming the
+    image, where a thread fails otherwise.
     """
     if not len(source):
         raise DataError(f"{source.name} has no image to pack into {target}; name another source")
@@ -99,18 +83,30 @@ def pack(
         return done
     if target.exists() and not packing.overwrite:
         raise DataError(f"{target} exists; give another name, or --overwrite to replace it")
+    names = image_names(source)
+    if len(set(names)) < len(names):
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        raise DataError(f"{source.name} has several images called {some(twice)}; give each its own name")
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = _Work(source, target, packing)
+    partial = Partial(source, names, target, packing.settings(), resume=packing.resume, overwrite=packing.overwrite)
+
+    def tick() -> None:
+        if stop():
+            partial.checkpoint()
+            raise Interrupted(partial.done, len(source))
+
     try:
-        writer = work.begin()
-        work.convert(writer, progress, stop)
-        return work.finish(writer)
+        _check_room(source, partial, packing.recoding)
+        partial.begin()
+        for index, result in _converted(source, names, packing, partial.done):
+            _take(source, partial, packing, index, result)
+            progress(partial.done, len(source))
+            tick()
+        return partial.finish(packing.threads, tick)
     except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise DataError(work.full(error)) from error
+        raise DataError(_unwritable(source, partial, error)) from error
     finally:
-        work.close()
+        partial.close()
 
 
 def _already(source: Source, target: Path, packing: Packing) -> BetonSource | None:
@@ -125,236 +121,97 @@ def _already(source: Source, target: Path, packing: Packing) -> BetonSource | No
     same = card is not None and (card.source["fingerprint"], card.settings) == (source.fingerprint, packing.settings())
     if not same and not packing.overwrite:
         raise DataError(f"{target} was packed from another source or in another way; give --overwrite to replace it")
+    if same and not partial_path(target).exists():  # a crash after the last rename leaves the journal
+        Journal(journal_path(target)).discard()
     return there if same else None
 
 
-class _Work:
-    """The state of one pack: the partial file, its journal, and the images in them."""
-
-    def __init__(self, source: Source, target: Path, packing: Packing) -> None:
-        self.source, self.target, self.packing = source, target, packing
-        self.partial = target.with_name(target.name + ".partial")
-        self.journal = Journal(target.with_name(target.name + ".journal"))
-        self.names = image_names(source)
-        if len(set(self.names)) < len(self.names):
-            twice = [name for name, count in Counter(self.names).items() if count > 1]
-            raise DataError(f"{source.name} has several images called {some(twice)}; give each its own name")
-        self.images: list[_Image] = []
-        self.left_out: list[tuple[int, str]] = []
-        self.writer: BetonWriter | None = None
-        if self.journal.path.exists() and not packing.resume and not packing.overwrite:
-            raise DataError(
-                f"{self.journal.path} is left of an interrupted pack; give --resume auto to go on with it, or"
-                " --overwrite to start anew"
-            )
-
-    def begin(self) -> BetonWriter:
-        """Open the partial file, where an interrupted pack left it or anew."""
-        head = {"source": self.source.fingerprint, "images": len(self.source), **self.packing.settings()}
-        entries = self.journal.entries if self.packing.resume else []
-        reached = self._restore(head, entries) if len(entries) > 1 else None
-        page_bytes = self.packing.page_bytes if reached is None else entries[-1]["page_bytes"]
-        self._room()
-        self.journal.start(keep=reached is not None)
-        self.writer = writer = BetonWriter(self.partial, len(self.source), page_bytes, reached=reached)
-        for row, image in enumerate(self.images):
-            writer.restore(row, image.start, image.length, image.height, image.width, image.raw)
-        self._kept, self._dropped = len(self.images), len(self.left_out)  # how many are in the journal
-        self._synced = writer.reached
-        if reached is None:
-            self.journal.add(head)
-        return writer
-
-    def _restore(self, head: Entry, entries: list[Entry]) -> int | None:
-        """Where the next page of the partial file begins; None to start anew."""
-        changed = [key for key in head if entries[0].get(key) != head[key]]
-        reached = int(entries[-1]["reached"])
-        lost = not self.partial.is_file() or self.partial.stat().st_size < reached
-        if (changed or lost) and self.packing.overwrite:
-            return None
-        if changed:
-            raise DataError(
-                f"{self.journal.path} is of a pack with another {', '.join(changed)}; give the settings and the source"
-                " that it was begun with, or --overwrite to start anew"
-            )
-        if lost:
-            raise DataError(
-                f"{self.partial} lacks what {self.journal.path} says is in it; give --overwrite to start anew"
-            )
-        for entry in entries[1:]:
-            self.images += [_Image(*row) for row in entry["images"]]
-            self.left_out += [(index, reason) for index, reason in entry["left_out"]]
-        return reached
-
-    @property
-    def done(self) -> int:
-        """Images of the source seen so far."""
-        return len(self.images) + len(self.left_out)
-
-    def convert(self, writer: BetonWriter, progress: Callable[[int, int], None], stop: Callable[[], bool]) -> None:
-        n = len(self.source)
-        for index, result in self._results(self.done):
-            try:
-                self._lay(writer, index, result)
-            except DataError as error:
-                self.left_out.append((index, str(error)))
-                if len(self.left_out) > self.packing.max_bad_fraction * n:
-                    raise self._too_many() from error
-            if writer.reached - self._synced >= CHECKPOINT_BYTES:
-                self._checkpoint(writer)
-            progress(self.done, n)
-            if stop():
-                self._checkpoint(writer)
-                raise Interrupted(self.done, n)
-
-    def _lay(self, writer: BetonWriter, index: int, result: Stored | DataError) -> None:
+def _take(source: Source, partial: Partial, packing: Packing, index: int, result: Stored | DataError) -> None:
+    try:
         if isinstance(result, DataError):
             raise result
+        partial.add(index, result)
+    except DataError as error:
+        partial.leave_out(index, str(error))
+        if len(partial.left_out) > packing.max_bad_fraction * len(source):
+            raise _too_many(source, partial, packing) from error
+    partial.checkpoint(CHECKPOINT_BYTES)
+
+
+def _converted(
+    source: Source, names: Sequence[str], packing: Packing, first: int
+) -> Iterator[tuple[int, Stored | DataError]]:
+    """(id, the stored image or why it is left out) from image `first` on, in the order of the ids, by many threads."""
+
+    def convert(start: int) -> list[Stored | DataError]:
+        ids = range(start, min(start + CHUNK, len(source)))
+        return [_stored(source, index, names[index], packing.recoding) for index in ids]
+
+    running: deque[tuple[int, Future[list[Stored | DataError]]]] = deque()
+    with ThreadPoolExecutor(packing.threads, thread_name_prefix="pack") as pool:
         try:
-            start = writer.add(len(self.images), result.blob, result.height, result.width, result.raw)
-        except DataError as error:
-            raise DataError(f"{self.names[index]}: {error}") from error
-        shape = (result.height, result.width, result.raw)
-        self.images.append(_Image(index, start, len(result.blob), *shape, zlib.crc32(result.blob), result.way))
-
-    def _too_many(self) -> DataError:
-        first = "; ".join(reason for _, reason in self.left_out[:3])
-        return DataError(
-            f"{self.source.name}: {len(self.left_out)} of {len(self.source)} images are damaged, over"
-            f" --max_bad_fraction={self.packing.max_bad_fraction}; repair or remove them, or raise it and give --resume"
-            f" auto. The first: {first}"
-        )
-
-    def _results(self, first: int) -> Iterator[tuple[int, Stored | DataError]]:
-        """(id, the stored image or why it is left out), in the order of the ids."""
-        running: deque[tuple[int, Future[list[Stored | DataError]]]] = deque()
-        starts = iter(range(first, len(self.source), CHUNK))
-        with ThreadPoolExecutor(self.packing.threads, thread_name_prefix="pack") as pool:
-            try:
-                for start in starts:
-                    running.append((start, pool.submit(self._convert, start)))
-                    if len(running) > 2 * self.packing.threads:
-                        start, future = running.popleft()
-                        yield from enumerate(future.result(), start)
-                while running:
+            for start in range(first, len(source), CHUNK):
+                running.append((start, pool.submit(convert, start)))
+                if len(running) > 2 * packing.threads:
                     start, future = running.popleft()
                     yield from enumerate(future.result(), start)
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
-
-    def _convert(self, start: int) -> list[Stored | DataError]:
-        results: list[Stored | DataError] = []
-        for index in range(start, min(start + CHUNK, len(self.source))):
-            try:
-                results.append(recode(self.source.read(index), self.names[index], self.packing.recoding))
-            except OSError as error:  # named as in the source, so that a packed file tells nothing of this machine
-                results.append(DataError(f"{self.names[index]} cannot be read: {error.strerror or error}"))
-            except DataError as error:
-                results.append(error)
-        return results
-
-    def _checkpoint(self, writer: BetonWriter) -> None:
-        """Note in the journal what lies in whole pages, once these are on the disk. The page begun counts as not done.
-
-        An image left out counts as done where one that is kept after it is.
-        """
-        reached = writer.reached
-        kept = len(self.images)
-        while kept > self._kept and self.images[kept - 1].start >= reached:
-            kept -= 1
-        if kept == self._kept:
-            return
-        last = self.images[kept - 1].id
-        dropped = sum(index < last for index, _ in self.left_out)
-        writer.sync()
-        entry = {
-            "reached": reached,
-            "page_bytes": writer.page_bytes,
-            "images": [astuple(image) for image in self.images[self._kept : kept]],
-            "left_out": self.left_out[self._dropped : dropped],
-        }
-        self.journal.add(entry)
-        self._kept, self._dropped, self._synced = kept, dropped, reached
-
-    def finish(self, writer: BetonWriter) -> BetonSource:
-        """Tables, sidecar, a check of it all, then the final names."""
-        if not self.images:
-            raise DataError(f"none of the {len(self.source)} images of {self.source.name} could be packed")
-        ids = [image.id for image in self.images]
-        names = self.names
-        size = writer.finish(self.source.labels[ids])
-        card = Sidecar(
-            images=len(ids),
-            file_bytes=size,
-            names=tuple(names[index] for index in ids),
-            classes=tuple(self.source.classes),
-            crc32=np.array([image.crc for image in self.images], dtype=np.uint32),
-            source={"name": self.source.name, "fingerprint": self.source.fingerprint},
-            settings=self.packing.settings(),
-            stored=dict(Counter(image.way for image in self.images)),
-            left_out=tuple((names[index], reason) for index, reason in self.left_out),
-        )
-        beside = self.partial.with_name(self.partial.name + ".json")
-        beside.unlink(missing_ok=True)
-        card = replace(card, fingerprint=BetonSource(self.partial, beside).fingerprint_with(card))
-        write_sidecar(beside, card)
-        written = BetonSource(self.partial, beside)
-        for row, reason in damaged_blobs(written, self.packing.threads, decoding=False):
-            raise DataError(
-                f"{self.partial}: what was written is not what is read: {card.names[row]}: {reason}; give --overwrite"
-            )
-        if card.left_out:
-            listed = self.partial.with_name(self.partial.name + ".csv")
-            write_left_out(listed, card.left_out)
-            listed.replace(left_out_path(self.target))
-        else:
-            left_out_path(self.target).unlink(missing_ok=True)
-        # The sidecar first: a crash between the two leaves a sidecar that is refused, not a file without names.
-        beside.replace(sidecar_path(self.target))
-        self.partial.replace(self.target)
-        _sync_folder(self.target.parent)
-        self.journal.path.unlink()
-        return BetonSource(self.target)
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-        self.journal.close()
-
-    def _room(self) -> None:
-        """DataError where the files alone are more than the disk has free and are kept at their size."""
-        files = self.source.base if isinstance(self.source, Subset) else self.source
-        if (
-            self.packing.recoding.short_side
-            or self.packing.recoding.store == "raw"
-            or not isinstance(files, FileSource)
-        ):
-            return
-        sizes = files.sizes[self.source.indices] if isinstance(self.source, Subset) else files.sizes
-        free = shutil.disk_usage(self.target.parent).free
-        free += self.partial.stat().st_size if self.partial.exists() else 0
-        if (needed := int(sizes.sum())) > free:
-            raise DataError(
-                f"{self.target} needs about {needed:,} bytes, but {self.target.parent} has {free:,} free; free some, or"
-                " give --short_side 256"
-            )
-
-    def full(self, error: OSError) -> str:
-        """What to say of a full disk."""
-        free = shutil.disk_usage(self.target.parent).free
-        here = 1 if self.writer is None else self.writer.reached
-        needed = here * len(self.source) // max(self.done, 1) - here
-        return (
-            f"{self.target.parent}: {os.strerror(error.errno or 0)} at image {self.done:,} of {len(self.source):,} of"
-            f" {self.source.name}: {free:,} bytes are free and about {needed:,} more are needed; free them and give the"
-            f" same command with --resume auto, or remove {self.partial.name} and {self.journal.path.name}"
-        )
+            while running:
+                start, future = running.popleft()
+                yield from enumerate(future.result(), start)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _sync_folder(path: Path) -> None:
-    """Make a rename in this folder last through a power cut."""
-    handle = os.open(path, os.O_RDONLY)
+def _stored(source: Source, index: int, name: str, recoding: Recoding) -> Stored | DataError:
+    """Image `index`, called `name`, as it is to be stored; the error where it is damaged."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        return recode(source.read(index), name, recoding)
+    except OSError as error:  # named as in the source, so that a packed file tells nothing of this machine
+        return DataError(f"{name} cannot be read: {error.strerror or error}")
+    except DataError as error:
+        return error
+    except FetchError:
+        raise
+    except Exception as error:
+        raise unexpected(source.describe(index), error) from error
+
+
+def _too_many(source: Source, partial: Partial, packing: Packing) -> DataError:
+    first = "; ".join(reason for _, reason in partial.left_out[:3])
+    return DataError(
+        f"{source.name}: {len(partial.left_out)} of {len(source)} images are damaged, over"
+        f" --max_bad_fraction={packing.max_bad_fraction}; repair or remove them, or raise it and give --resume"
+        f" auto. The first: {first}"
+    )
+
+
+def _check_room(source: Source, partial: Partial, recoding: Recoding) -> None:
+    """DataError where the files alone are more than the disk has free and are kept at their size."""
+    files = source.base if isinstance(source, Subset) else source
+    if recoding.short_side or recoding.store == "raw" or not isinstance(files, FileSource):
+        return
+    sizes = files.sizes[source.indices] if isinstance(source, Subset) else files.sizes
+    folder = partial.target.parent
+    free = shutil.disk_usage(folder).free + (partial.path.stat().st_size if partial.path.exists() else 0)
+    if (needed := int(sizes.sum())) > free:
+        raise DataError(
+            f"{partial.target} needs about {needed:,} bytes, but {folder} has {free:,} free; free some, or give"
+            " --short_side 256"
+        )
+
+
+def _unwritable(source: Source, partial: Partial, error: OSError) -> str:
+    """What to say of a disk that does not take the file."""
+    folder, what = partial.target.parent, os.strerror(error.errno) if error.errno else str(error)
+    where = f"at image {partial.done:,} of {len(source):,} of {source.name}"
+    if error.errno not in _FULL:
+        return (
+            f"{error.filename or partial.path}: {what} {where}; see to the disk or the rights, then give the same"
+            " command with --resume auto"
+        )
+    more = partial.bytes_done * (len(source) - partial.done) // max(partial.done, 1)
+    needed = f" and about {more:,} more are needed" if partial.done else ""
+    return (
+        f"{folder}: {what} {where}: {shutil.disk_usage(folder).free:,} bytes are free{needed}; free some and give the"
+        f" same command with --resume auto, or remove {partial.path.name} and {partial.journal.path.name}"
+    )

@@ -9,8 +9,8 @@ import base64
 import binascii
 import csv
 import hashlib
+import io
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastsimclr.loaders.source import DataError
+from fastsimclr.loaders.whole import write_whole
 
 Crcs = npt.NDArray[np.uint32]
 
@@ -67,29 +68,17 @@ def left_out_path(beton: Path) -> Path:
 
 
 def write_sidecar(path: Path, card: Sidecar) -> None:
-    """Write `card` to `path` and to the disk; the caller renames it. Raises OSError."""
+    """Write `card` to `path`, whole or not at all. Raises OSError."""
     values = asdict(card)
     crcs = base64.b64encode(card.crc32.astype("<u4").tobytes()).decode()
-    _write(path, [json.dumps({"format": FORMAT, **values, "crc32": crcs}, separators=(",", ":")), "\n"])
+    write_whole(path, json.dumps({"format": FORMAT, **values, "crc32": crcs}, separators=(",", ":")).encode() + b"\n")
 
 
 def write_left_out(path: Path, left_out: Iterable[tuple[str, str]]) -> None:
-    """Write name,reason, one image a line, to `path` and to the disk. Raises OSError."""
-
-    class Lines(list[str]):
-        write = list.append
-
-    lines = Lines()
-    csv.writer(lines, lineterminator="\n").writerows([("name", "reason"), *left_out])
-    _write(path, lines)
-
-
-def _write(path: Path, texts: Iterable[str]) -> None:
-    # surrogateescape: a file name that is not UTF-8 keeps its bytes
-    with path.open("w", encoding="utf-8", errors="surrogateescape") as file:
-        file.writelines(texts)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write name,reason, one image a line, to `path`, whole or not at all. Raises OSError."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([("name", "reason"), *left_out])
+    write_whole(path, text.getvalue().encode(errors="surrogateescape"))  # a name that is not UTF-8 keeps its bytes
 
 
 def read_sidecar(path: Path) -> Sidecar:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -17,17 +17,19 @@ _ANY = 2**62  # pixels: the table has told the size
 
 
 def damaged_blobs(
-    source: BetonSource, threads: int, *, decoding: bool, max_pixels: int = 2**62
+    source: BetonSource, threads: int, *, decoding: bool, tick: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[int, str]]:
     """(id, reason) of each image whose checksum is wrong, or which does not decode to the size in the table, in order.
 
-    Without a sidecar there are no checksums, and only decoding tells.
+    Without a sidecar there are no checksums, and only decoding tells. tick: called every 64 images; what it raises ends
+    the check.
     """
     running: deque[Future[list[tuple[int, str]]]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
         try:
             for start in range(0, len(source), CHUNK):
                 ids = range(start, min(start + CHUNK, len(source)))
+                tick()
                 running.append(pool.submit(_check, source, ids, decoding))
                 if len(running) > 2 * threads:
                     yield from running.popleft().result()

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastsimclr.loaders.beton.reader import (
+from fastsimclr.loaders.beton.tables import (
     ALLOCATION,
     FIELD,
     HEADER,
@@ -61,7 +61,11 @@ class BetonWriter:
         self._rows = np.zeros(images, dtype=ROW)
         self._allocations: list[tuple[int, int, int]] = []
         self._file = path.open("wb" if reached is None else "r+b", buffering=0)
-        self._file.truncate(self.reached)
+        try:
+            self._file.truncate(self.reached)
+        except OSError:
+            self._file.close()
+            raise
 
     def restore(self, row: int, start: int, length: int, height: int, width: int, raw: bool) -> None:
         """Enter an image whose blob is in the file already."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 # What some sources know beyond `Source`; see those for what each means.
-_OPTIONAL = ("pixel_sizes", "blocks", "verified", "whole_fits", "expect")
+_OPTIONAL = ("pixel_sizes", "blocks", "verified", "whole_fits", "expect", "borrow")
 
 
 def _frozen(values: npt.ArrayLike) -> Ints:
@@ -176,6 +176,15 @@ class Subset:
 
     def read(self, index: int) -> bytes | Pixels:
         return self.base.read(int(self.indices[index]))
+
+    def borrow(self, index: int) -> bytes | memoryview | Pixels:
+        """`read`, but perhaps into memory that the thread's next call overwrites."""
+        return self._borrow(int(self.indices[index]))
+
+    @cached_property
+    def _borrow(self) -> Callable[[int], bytes | memoryview | Pixels]:
+        borrow: Callable[[int], bytes | memoryview | Pixels] = getattr(self.base, "borrow", self.base.read)
+        return borrow
 
     def describe(self, index: int) -> str:
         return self.base.describe(int(self.indices[index]))

@@ -17,6 +17,7 @@ from typing import Any
 from fastsimclr.loaders.shards.handles import Handles
 from fastsimclr.loaders.shards.remote import CacheError, FetchError, Remote, download, unwritable
 from fastsimclr.loaders.source import DataError
+from fastsimclr.loaders.whole import write_whole
 
 LOG = logging.getLogger("fastsimclr")
 GIB = 2**30
@@ -43,7 +44,7 @@ class ShardCache:
     def __init__(self, folder: Path, limit: int = 0, retries: int = 5) -> None:
         self.folder, self.limit, self.retries = folder, limit, retries
         self.handles = Handles(0)
-        self._over = self._told = False
+        self._over, self._told = limit > 0, False  # what a killed process left behind is not known yet
         self._failures: dict[str, tuple[float, FetchError]] = {}
         self._ahead = threading.Lock()
         self._wishes: deque[Remote] = deque()
@@ -57,9 +58,7 @@ class ShardCache:
         """A descriptor of the shard, fetched first where it is not here. Raises FetchError, DataError."""
         with self.handles.use(remote.key, lambda: self._open(remote)) as fd:
             yield fd
-        if self._over:  # what was in use when it was needed may not be any more
-            with suppress(OSError):
-                self._make_room(None, None, ahead=False)
+        self._come_down()
 
     def holds(self, remote: Remote) -> bool:
         """Whether the shard is here now."""
@@ -74,6 +73,8 @@ class ShardCache:
                 break
             wishes.append(remote)
         self.handles.want(frozenset(remote.key for remote in wishes))
+        if not wishes:
+            self._come_down()
         with self._ahead:
             self._wishes = deque(remote for remote in wishes if remote.key not in self.handles)
             start = min(THREADS, len(self._wishes)) - self._workers
@@ -91,6 +92,7 @@ class ShardCache:
             try:
                 with self.handles.use(remote.key, lambda remote=remote: self._open(remote, ahead=True)):  # type: ignore[misc]
                     pass
+                self._come_down()
             except _NoRoom:
                 continue
             except Exception as error:  # whoever needs the shard will try again, and raise
@@ -176,9 +178,9 @@ class ShardCache:
             for _, size, path in entries:
                 if excess > 0 and _give_up(path):
                     excess -= size
-        if excess > 0 and ahead:
-            raise _NoRoom
-        self._over = excess > 0
+            if excess > 0 and ahead:
+                raise _NoRoom
+            self._over = excess > 0  # under the lock: an older finding must not replace a newer one
         if self._over and not self._told:
             self._told = True
             LOG.warning(
@@ -186,15 +188,27 @@ class ShardCache:
                 *(self.folder, excess / GIB, self.limit / GIB),
             )
 
+    def _come_down(self) -> None:
+        """Go back below the limit where it was exceeded: what was in use then may not be any more."""
+        if self._over:
+            with suppress(OSError):
+                self._make_room(None, None, ahead=False)
+
     def _entries(self, without: Path | None) -> Iterator[tuple[int, int, Path]]:
         """(last use, bytes, path) of each shard; a download counts with the size that it will have."""
         for entry in os.scandir(self.folder):
             path = Path(entry.path)
             with suppress(OSError, ValueError):
-                if path != without and entry.is_file() and not entry.name.startswith("."):
+                if path == without or not entry.is_file() or entry.name.startswith("."):
+                    continue
+                if entry.name.endswith(".part"):
+                    size, used = int(entry.name.split(".")[-2]), time.time_ns()
+                    with suppress(FileNotFoundError):  # it has become a shard since it was listed, and still counts
+                        used = entry.stat().st_mtime_ns
+                    yield used, size, path
+                else:
                     state = entry.stat()
-                    size = int(entry.name.split(".")[-2]) if entry.name.endswith(".part") else state.st_size
-                    yield state.st_mtime_ns, size, path
+                    yield state.st_mtime_ns, state.st_size, path
 
     def get_index(self, key: str) -> Any:
         """What `put_index` kept under `key`; None where there is nothing that can be read."""
@@ -208,22 +222,9 @@ class ShardCache:
         folder = self.folder / "index"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / f"{key}.json", json.dumps(value).encode())
+            write_whole(folder / f"{key}.json", json.dumps(value).encode(), shared=True)
         except OSError as error:
             LOG.warning("%s: the index of a shard is not kept: %s", folder, error.strerror)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _lock(fd: int, how: int, folder: Path) -> bool:
@@ -247,14 +248,16 @@ def _same(fd: int, path: Path) -> bool:
 
 def _give_up(path: Path) -> bool:
     """Remove a shard that nobody uses; False where it is in use, or another user's."""
+    went = path.suffix != ".part"  # a part that is gone has become a shard, most likely
     try:
         fd = os.open(path, os.O_RDWR)
     except OSError as error:
-        return isinstance(error, FileNotFoundError)
+        return went and isinstance(error, FileNotFoundError)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _same(fd, path):
-            path.unlink()
+        if not _same(fd, path):
+            return went
+        path.unlink()
         return True
     except OSError:
         return False

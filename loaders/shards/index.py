@@ -126,16 +126,17 @@ def _label(fd: int, member: Member, fields: tuple[str, ...], what: str) -> RawLa
 class IndexFile:
     """An index.json: label_key as `label_member` takes it, the names of the class numbers or None, and the shards.
 
-    shards: {base name: (bytes, hex SHA-256, samples)}.
+    place: its path or URL. shards: {base name: (bytes, hex SHA-256, samples)}.
     """
 
+    place: str
     label_key: str
     classes: tuple[str, ...] | None
     shards: dict[str, tuple[int, str, ShardIndex]]
 
 
 def read_index(data: bytes, what: str) -> IndexFile:
-    """An index.json. Raises DataError, naming it by `what`, for anything but what `dump_index` writes."""
+    """The index.json at `what`, a path or URL. Raises DataError for anything but what `dump_index` writes."""
     try:
         whole = json.loads(data)
         if whole["format"] != FORMAT:
@@ -148,7 +149,8 @@ def read_index(data: bytes, what: str) -> IndexFile:
             str(row["name"]): (int(row["size"]), str(row["sha256"]), parse_shard(row, int(row["size"])))
             for row in whole["shards"]
         }
-        return IndexFile(label_key=whole["label_key"], classes=None if names is None else tuple(names), shards=shards)
+        classes = None if names is None else tuple(names)
+        return IndexFile(place=what, label_key=whole["label_key"], classes=classes, shards=shards)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         cause = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(f"{what} is damaged or not by fastsimclr: {cause}; write it again, or remove it") from error

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from fastsimclr.loaders.shards.cache import ShardCache, write_whole
+from fastsimclr.loaders.shards.cache import ShardCache
 from fastsimclr.loaders.shards.index import (
     INDEX,
     IndexFile,
     ShardIndex,
     dump_index,
     label_member,
+    labels_of,
     parse_shard,
     read_index,
     scan_shard,
@@ -27,6 +28,7 @@ from fastsimclr.loaders.shards.index import (
 from fastsimclr.loaders.shards.places import expand
 from fastsimclr.loaders.shards.remote import Remote, describe, filesystem, is_remote, read_small, retry
 from fastsimclr.loaders.source import DataError
+from fastsimclr.loaders.whole import write_whole
 
 T = TypeVar("T")
 
@@ -80,10 +82,10 @@ def listed(folder: str, cache: ShardCache, label_key: str | None) -> IndexFile |
 def load_shards(
     places: Sequence[str], lists: Mapping[str, IndexFile | None], cache: ShardCache, label_key: str | None
 ) -> list[tuple[Shard, ShardIndex]]:
-    """Each shard with its samples: of `lists`, the index.json of its folder, else scanned, which the cache remembers.
+    """Each shard with its samples: of `lists`, the index.json for its folder, else scanned, which the cache remembers.
 
-    Remote shards without index.json are fetched for it. Raises DataError for a shard that its folder's list lacks or
-    has with another size.
+    Remote shards without index.json are fetched for it. Raises DataError for a shard that its list lacks or has with
+    another size.
     """
     label_member(label_key)
 
@@ -92,14 +94,13 @@ def load_shards(
         if file is None:
             return _scanned(place, cache, label_key)
         if base_name(place) not in file.shards:
-            raise DataError(f"{place} is not listed in {folder_of(place)}/{INDEX}; write it again")
+            raise DataError(f"{place} is not listed in {file.place}; write it again")
         size, digest, index = file.shards[base_name(place)]
         if is_remote(place):
             return Shard(place=place, size=size, remote=Remote(place, size, sha256=digest)), index
         if (found := _state(place).st_size) != size:
             raise DataError(
-                f"{place} has {found} bytes, not {size} as {folder_of(place)}/{INDEX} says;"
-                " copy it again, or write the index again"
+                f"{place} has {found} bytes, not {size} as {file.place} says; copy it again, or write the index again"
             )
         return Shard(place=place, size=size, remote=None), index
 
@@ -171,34 +172,54 @@ def write_index(
     *,
     label_key: str | None = None,
     classes: Sequence[str] | None = None,
+    out: str | None = None,
 ) -> list[str]:
     """Write index.json into the folder of the shards, or into each of their folders; returns where.
 
-    It holds samples, labels, sizes and SHA-256 of the shards, and `classes`, the names of the class numbers. Shards of
-    the same folder that it lists already stay listed. Each shard is read whole, remote ones through the cache. Raises
-    DataError where an index of another label_key or other classes stands there, and for web servers, which take no
-    files: write it where the shards come from.
+    It holds samples, labels, sizes and SHA-256 of the shards, and `classes`, the names of the class numbers. What an
+    index there lists already stays listed. Each shard is read whole, remote ones through the cache. out: another folder
+    or URL for one index of all shards, which data.index names. Raises DataError for labels that `labels_of` refuses,
+    where an index of another label_key or other classes stands there, for two shards of one name in one index, and for
+    web servers, which take no files.
     """
-    places = expand(urls, cache.retries)
-    if web := next((place for place in places if place.startswith(("http://", "https://"))), None):
-        raise DataError(f"{web}: a web server takes no files; write {INDEX} where it has its files from")
     label_member(label_key)
-    fresh = IndexFile(label_key=label_key or "cls", classes=None if classes is None else tuple(classes), shards={})
-    folders = {folder: listed(folder, cache, None) for folder in dict.fromkeys(map(folder_of, places))}
-    for folder, before in folders.items():
-        if before and (before.label_key, before.classes) != (fresh.label_key, fresh.classes):
+    places = expand(urls, cache.retries)
+    homes = _homes(places, out)
+    key, named = label_key or "cls", None if classes is None else tuple(classes)
+    before = {home: listed(home, cache, None) for home in dict.fromkeys(homes)}
+    for file in before.values():
+        if file and (file.label_key, file.classes) != (key, named):
             raise DataError(
-                f"{folder}/{INDEX} has label_key={before.label_key} and {len(before.classes or ())} class names, not"
-                f" label_key={fresh.label_key} and {len(fresh.classes or ())}; give the same, or remove it"
+                f"{file.place} has label_key={file.label_key} and {len(file.classes or ())} class names, not"
+                f" label_key={key} and {len(named or ())}; give the same, or remove it"
             )
-    rows = dict(zip(places, _all(places, lambda place: _read_whole(place, cache, label_key), "read"), strict=True))
-    written = []
-    for folder, before in folders.items():
-        shards = dict(before.shards) if before else {}
-        shards |= {base_name(place): row for place, row in rows.items() if folder_of(place) == folder}
-        file = IndexFile(label_key=fresh.label_key, classes=fresh.classes, shards=shards)
-        written.append(_write(f"{folder}/{INDEX}", dump_index(file), cache.retries))
-    return written
+    rows = list(
+        zip(homes, places, _all(places, lambda place: _read_whole(place, cache, label_key), "read"), strict=True)
+    )
+    files = []
+    for home, old in before.items():
+        shards = dict(old.shards) if old else {}
+        shards |= {base_name(place): row for to, place, row in rows if to == home}
+        labels_of([(f"{home}/{name}", index) for name, (_, _, index) in shards.items()], label_key, named)
+        files.append(IndexFile(place=f"{home}/{INDEX}", label_key=key, classes=named, shards=shards))
+    return [_write(file.place, dump_index(file), cache.retries) for file in files]
+
+
+def _homes(places: Sequence[str], out: str | None) -> list[str]:
+    """The folder in which each shard is to be listed. DataError where it takes no files, or for two of one name."""
+    if out is not None:
+        out = out.rstrip("/") if is_remote(out) else os.path.abspath(out.removeprefix("file://"))
+    homes = [folder_of(place) if out is None else out for place in places]
+    if web := next((home for home in homes if home.startswith(("http://", "https://"))), None):
+        raise DataError(
+            f"{web}: a web server takes no files; write {INDEX} where it has its files from, or into a folder of yours"
+            " (--out), which data.index then names"
+        )
+    first: dict[tuple[str, str], str] = {}
+    for home, place in zip(homes, places, strict=True):
+        if (other := first.setdefault((home, base_name(place)), place)) != place:
+            raise DataError(f"{other} and {place} have one name, by which {INDEX} knows shards; write one a folder")
+    return homes
 
 
 def _read_whole(place: str, cache: ShardCache, label_key: str | None) -> tuple[int, str, ShardIndex]:
@@ -218,7 +239,8 @@ def _write(place: str, data: bytes, retries: int) -> str:
         retry(place, retries, lambda: filesystem(place).pipe_file(place, data))
         return place
     try:
-        write_whole(Path(place), data)
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(Path(place), data, shared=True)
     except OSError as error:
         raise DataError(f"{place} cannot be written: {error.strerror}; free space or allow it") from error
     return place

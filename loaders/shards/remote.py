@@ -55,7 +55,7 @@ class CacheError(FetchError):
 class Remote:
     """One version of a remote file of `size` bytes.
 
-    tag: what the server calls this version (ETag, else the time of its last change), "" where it says nothing.
+    tag: what the server calls this version (generation, ETag, else the time of its last change), "" where nothing.
     md5, sha256: hex digests of the content, "" where unknown: md5 from the server, sha256 from index.json.
     """
 
@@ -168,7 +168,9 @@ def describe(url: str, retries: int) -> Remote:
         raise FetchError(f"{url} is a folder; name the shards in it")
     if info.get("size") is None:
         raise DataError(f"{url}: the server does not say its size, so no download could be checked; use another server")
-    tags = (str(info[name]) for name in ("ETag", "etag", "Last-Modified", "LastModified", "mtime") if info.get(name))
+    # Google's ETags change with an object's description too, its generation only with its content.
+    names = ("generation", "ETag", "etag", "Last-Modified", "LastModified", "mtime")
+    tags = (str(info[name]) for name in names if info.get(name))
     digest = str(info.get("md5Hash") or info.get("Content-MD5") or "")  # ETags of S3 are an MD5 at times only
     try:
         md5 = base64.b64decode(digest, validate=True).hex()
@@ -253,13 +255,6 @@ def _open(remote: Remote, start: int) -> tuple[Any, int]:
 
 def _verify(remote: Remote, fd: int, path: Path, retries: int) -> None:
     """FetchError where the server has another version by now; OSError, to fetch it anew, for a wrong digest."""
-    for kind, expected in (("sha256", remote.sha256), ("md5", remote.md5)):
-        if expected:
-            with open(path, "rb") as file:
-                found = hashlib.file_digest(file, kind).hexdigest()
-            if found != expected:
-                os.ftruncate(fd, 0)
-                raise OSError(f"its {kind} is {found}, not {expected} as index.json or the server says")
     if not remote.sha256:
         now = describe(remote.url, retries)
         if (now.size, now.tag) != (remote.size, remote.tag):
@@ -268,3 +263,10 @@ def _verify(remote: Remote, fd: int, path: Path, retries: int) -> None:
                 f"{remote.url} changed since it was listed: {remote.size} bytes, {remote.tag or 'no ETag'}; now"
                 f" {now.size} bytes, {now.tag or 'no ETag'}; start again"
             )
+    for kind, expected in (("sha256", remote.sha256), ("md5", remote.md5)):
+        if expected:
+            with open(path, "rb") as file:
+                found = hashlib.file_digest(file, kind).hexdigest()
+            if found != expected:
+                os.ftruncate(fd, 0)
+                raise OSError(f"its {kind} is {found}, not {expected} as index.json or the server says")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from fastsimclr.loaders.sets.basic import Subset
 from fastsimclr.loaders.sets.lists import some
-from fastsimclr.loaders.shards.cache import ShardCache
+from fastsimclr.loaders.shards.cache import GIB, ShardCache
 from fastsimclr.loaders.shards.handles import Handles
 from fastsimclr.loaders.shards.index import INDEX, ShardIndex, labels_of
 from fastsimclr.loaders.shards.index_files import Shard, folder_of, listed, load_shards
@@ -59,6 +60,8 @@ class ShardSource:
         self._last: tuple[int, list[str]] = (-1, [])
         self._cache = cache
         self._files = Handles(OPEN)
+        self._remote = any(shard.remote for shard in self.shards)
+        self._told = False  # that the cache is small
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -110,10 +113,20 @@ class ShardSource:
 
     def expect(self, ids: npt.ArrayLike) -> None:
         """Say which images come next, in order: their remote shards are fetched ahead, and kept until the next call."""
-        if any(shard.remote for shard in self.shards):
-            shards, first = np.unique(self._shards(np.asarray(ids, dtype=np.int64)), return_index=True)
-            order = shards[np.argsort(first)].tolist()
-            self._cache.expect([remote for shard in order if (remote := self.shards[shard].remote)])
+        if not self._remote:
+            return
+        shards, first = np.unique(self._shards(np.asarray(ids, dtype=np.int64)), return_index=True)
+        remotes = [remote for k in shards[np.argsort(first)].tolist() if (remote := self.shards[k].remote)]
+        self._cache.expect(remotes)
+        needed = sum(remote.size for remote in remotes)
+        # Up to half of the room more is the window after the one that is read, which can wait.
+        if 0 < 1.5 * self._cache.limit < needed and len(remotes) > 1 and not self._told:
+            self._told = True
+            LOG.warning(
+                "%s: the %d shards that come next take %.2f GiB, far more than data.cache_gib=%.2f: some may be fetched"
+                " several times; raise it, or lower data.window",
+                *(self.name, len(remotes), needed / GIB, self._cache.limit / GIB),
+            )
 
     def _shards(self, ids: Ints) -> Ints:
         return np.searchsorted(self.blocks, ids, side="right").astype(np.int64) - 1
@@ -132,19 +145,31 @@ class ShardSource:
 
 
 def open_shards(
-    urls: str | Sequence[str], cache: ShardCache, *, label_key: str | None = None, classes: Sequence[str] | None = None
+    urls: str | Sequence[str],
+    cache: ShardCache,
+    *,
+    label_key: str | None = None,
+    classes: Sequence[str] | None = None,
+    index: str | None = None,
 ) -> ShardSource:
     """The shards that `urls` name (`expand`: paths, http(s)://, s3://, gs://; {000..127}, {a,b}, *, a folder).
 
     Their samples come from index.json in the shards' folder, else from the tars: scanned once, remote ones fetched for
     it, the result kept in the cache under size and time or ETag. label_key: see `scan_shard`; None takes the index's,
-    else KEY.cls. classes: see `labels_of`. A sample without a label among labelled ones has -1, and is counted in the
-    log, as are keys without an image. Raises DataError, FetchError.
+    else KEY.cls. classes: see `labels_of`. index: the folder or URL whose index.json is to hold for all shards in place
+    of their own folders'. A sample without a label among labelled ones has -1, and is counted in the log, as are keys
+    without an image. Raises DataError, FetchError.
     """
     places = expand(urls, cache.retries)
-    lists = {folder: listed(folder, cache, label_key) for folder in dict.fromkeys(map(folder_of, places))}
+    folders = list(dict.fromkeys(map(folder_of, places)))
+    if index is None:
+        lists = {folder: listed(folder, cache, label_key) for folder in folders}
+    else:
+        lists = dict.fromkeys(folders, listed(index.removeprefix("file://").rstrip("/"), cache, label_key))
+        if None in lists.values():
+            raise DataError(f"data.index={index} holds no {INDEX}; fastsimclr index SHARDS --out {index} writes it")
     found = load_shards(places, lists, cache, label_key)
-    shards, indexes = [shard for shard, _ in found], [index for _, index in found]
+    shards, indexes = [shard for shard, _ in found], [samples for _, samples in found]
     what = urls if isinstance(urls, str) else urls[0]
     name = f"shards:{what.partition('?')[0].rstrip('/').rpartition('/')[2]}"
     if classes is None:
@@ -152,29 +177,46 @@ def open_shards(
         if len(named) > 1:
             raise DataError(f"{' and '.join(lists)} have an {INDEX} with other classes each; write them with the same")
         classes = next(iter(named), None)
-    labels, classes = labels_of([(s.place, i) for s, i in found], label_key, classes)
+    labels, classes = labels_of([(shard.place, samples) for shard, samples in found], label_key, classes)
     if not labels:
         raise DataError(f"{what}: no image in {len(shards)} shards; they need KEY.jpg, .jpeg, .png or .webp")
-    left_out = [f"{shard.place}/{key}" for shard, index in found for key in index.left_out]
+    left_out = [f"{shard.place}/{key}" for shard, samples in found for key in samples.left_out]
     if left_out:
         LOG.warning("%s: left out %d keys that have no image: %s", name, len(left_out), some(left_out))
     source = ShardSource(name, shards, indexes, labels, classes, cache)
     bare = np.flatnonzero(source.labels < 0)
     if 0 < len(bare) < len(source):
-        first = some([source.describe(int(index)) for index in bare[:3]])
+        first = some([source.describe(int(number)) for number in bare[:3]])
         LOG.warning("%s: %d of %d images have no label, as %s", name, len(bare), len(source), first)
+    _look_at_the_disk(source.name, shards, cache)
     return source
 
 
-def open_shard_splits(root: str, val: str | None, cache: ShardCache, label_key: str | None) -> tuple[Source, Source]:
+def _look_at_the_disk(name: str, shards: Sequence[Shard], cache: ShardCache) -> None:
+    """Warn of a cache without limit on a disk that the shards still to be fetched would fill: days later, perhaps."""
+    missing = sum(shard.size for shard in shards if shard.remote is not None and not cache.holds(shard.remote))
+    if missing and not cache.limit:
+        there = next(folder for folder in (cache.folder, *cache.folder.absolute().parents) if folder.is_dir())
+        if missing > (free := shutil.disk_usage(there).free):
+            LOG.warning(
+                "%s: %.1f GiB of shards are still to be fetched, data.cache=%s has %.1f GiB free; set data.cache_gib"
+                " to what they may take, or name a larger disk",
+                *(name, missing / GIB, cache.folder, free / GIB),
+            )
+
+
+def open_shard_splits(
+    root: str, val: str | None, cache: ShardCache, label_key: str | None, index: str | None = None
+) -> tuple[Source, Source]:
     """(training images, validation images) of data.root and data.val; no validation images where val is None.
 
-    The classes of the training images hold for both. Raises DataError for a validation image without a label.
+    The classes of the training images and index (see `open_shards`) hold for both. Raises DataError for a validation
+    image without a label.
     """
-    training = open_shards(root, cache, label_key=label_key)
+    training = open_shards(root, cache, label_key=label_key, index=index)
     if val is None or not training.classes:
         return training, Subset(training, ())
-    validation = open_shards(val, cache, label_key=label_key, classes=training.classes)
+    validation = open_shards(val, cache, label_key=label_key, classes=training.classes, index=index)
     if (validation.labels < 0).any():
         first = validation.describe(int(np.argmin(validation.labels)))
         raise DataError(f"{first} has no label, which validation images need; add it, or correct data.val")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tarfile
 from collections.abc import Callable
@@ -188,8 +189,10 @@ def test_onnx_of_an_encoder_without_normalisation(make_run: MakeRun, photos: Pat
 
 
 def test_onnx_of_an_imported_checkpoint_gives_google_s_own_logits(data_dir: Path, tmp_path: Path) -> None:
-    with tarfile.open(data_dir / "tf-checkpoints.tar.xz") as archive:
-        archive.extractall(tmp_path, [m for m in archive if "/r18_cifar/" in f"/{m.name}"], filter="data")
+    with tarfile.open(data_dir / "tf-checkpoints.tar.xz", "r|xz") as archive:
+        # The first of its folders; the others take four seconds to unpack.
+        members = itertools.takewhile(lambda member: "r50" not in member.name, archive)
+        archive.extractall(tmp_path, members, filter="data")
     (index,) = tmp_path.rglob("r18_cifar/*.index")
     import_tf(index.with_suffix(""), tmp_path / "run", head_layer=1)
     golden = np.load(index.parent / "expected.npz")

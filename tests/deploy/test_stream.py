@@ -311,11 +311,11 @@ def many(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Many:
         place = images / f"class{index % 10}"
         place.mkdir(parents=True, exist_ok=True)
         os.link(root / f"{index % 50}.jpg", place / f"{index:05d}.jpg")
-    return Many(images, make_run("supervised", classes=tuple(f"class{k}" for k in range(10))), root)
+    return Many(images, make_run("supervised", size=16, classes=tuple(f"class{k}" for k in range(10))), root)
 
 
 # Measured 0.1 to 2.0 MB, and one step of 3.9 MB where one more batch of crops was in the making than before: the loader
-# keeps that buffer for the next. Were anything kept of each, 8,000 images would add 25 MB decoded and 98 MB as views.
+# keeps that buffer for the next. Were anything kept of each, 8,000 images would add 25 MB decoded and 25 MB as views.
 ONE_BATCH = 256 * 3 * 64 * 64 * 9 // 8
 FLAT = 3e6 + ONE_BATCH
 

@@ -1,12 +1,14 @@
 """Damaged JPEGs through every backend: `python -m tests.loaders.mutate COUNT [--real FOLDER] [--loaders a,b]`.
 
-What must hold is worked out in a plain loop with strict decoding; labels are ids, and so tell which image is shown.
+As files, in shards, in a .beton as they are, and packed. What must hold is worked out in a plain loop with strict
+decoding.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import io
 import multiprocessing
 import os
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +27,26 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from fastsimclr.loaders.beton.pack import Packing, pack
 from fastsimclr.loaders.beton.reader import BetonSource
+from fastsimclr.loaders.beton.recode import Recoding
 from fastsimclr.loaders.beton.writer import BetonWriter
 from fastsimclr.loaders.data import DataConfig, LoaderName
-from fastsimclr.loaders.decode import decode
+from fastsimclr.loaders.decode import decode, image_size
 from fastsimclr.loaders.draw import Policy, draw
 from fastsimclr.loaders.loader import EvalLoader, TrainLoader
 from fastsimclr.loaders.sets.basic import FileSource
+from fastsimclr.loaders.shards.cache import ShardCache
+from fastsimclr.loaders.shards.source import ShardSource, open_shards
 from fastsimclr.loaders.source import DataError, Source
+from tests.loaders.tars import write_tar
 
 Pixels = npt.NDArray[np.uint8]
 
 KINDS = ("truncated", "flipped", "magic", "empty", "huge", "png", "header", "sound")
 LIMIT = 2_000_000  # pixels
 SIDE = 24
+PATIENCE_S = 1200  # for one backend
 
 
 class Deadly(FileSource):
@@ -119,11 +128,33 @@ def make_beton(path: Path, source: FileSource) -> BetonSource:
     for k in range(len(source)):
         data, (height, width) = source.read(k), (8, 8)
         with contextlib.suppress(DataError):  # else a size that the tables can hold
-            height, width = decode(data, "", LIMIT).shape[:2]
+            height, width = image_size(data, "", LIMIT)
         writer.add(k, data or b"\0", height, width, False)  # the format has no empty blobs
     writer.finish(source.labels)
     writer.close()
     return BetonSource(path)
+
+
+def make_shards(folder: Path, source: FileSource) -> ShardSource:
+    """The same files in three tars, in the same order."""
+    bounds = np.linspace(0, len(source), 4).astype(int).tolist()
+    for shard, (start, stop) in enumerate(pairwise(bounds)):
+        images = [(source.names[k], source.read(k)) for k in range(start, stop)]
+        labels = [(f"{Path(source.names[k]).stem}.cls", b"%d" % source.labels[k]) for k in range(start, stop)]
+        write_tar(folder / f"{shard}.tar", images + labels)
+    return open_shards(str(folder), ShardCache(folder / "cache"), classes=source.classes)
+
+
+def make_packed(path: Path, source: FileSource) -> BetonSource:
+    """What `fastsimclr pack` makes of them. AssertionError unless it leaves out and names what it must, and no more."""
+    bad, _ = expected(source)
+    how = Packing(recoding=Recoding(max_pixels=LIMIT), threads=2, max_bad_fraction=0.999)
+    packed = pack(source, path, how)
+    assert packed.sidecar is not None
+    assert [name for name, _ in packed.sidecar.left_out] == [source.names[k] for k in sorted(bad)], "left out"
+    assert all(name in reason for name, reason in packed.sidecar.left_out), "named"
+    assert packed.labels.tolist() == [k for k in range(len(source)) if k not in bad], "kept"
+    return packed
 
 
 def expected(source: Source) -> tuple[set[int], list[int]]:
@@ -141,7 +172,10 @@ def expected(source: Source) -> tuple[set[int], list[int]]:
 
 
 def check(source: Source, loader: LoaderName, threads: int = 2) -> int:
-    """AssertionError unless one epoch and one evaluation of `loader` are as they must be; how many are damaged."""
+    """AssertionError unless one epoch and one evaluation of `loader` are as they must be; how many are damaged.
+
+    The labels of `source` are all different, and so tell which image is shown.
+    """
     n = len(source)
     bad, shown = expected(source)
     config = DataConfig(loader=loader, threads=threads, max_bad_fraction=0.999, max_pixels=LIMIT)
@@ -152,7 +186,7 @@ def check(source: Source, loader: LoaderName, threads: int = 2) -> int:
         ids = []
         for each in train:
             ids += each.ids.tolist()
-            assert each.labels.tolist() == [shown[k] for k in each.ids.tolist()], "stand-ins"
+            assert each.labels.tolist() == [source.labels[shown[k]] for k in each.ids.tolist()], "stand-ins"
             if loader == "ffcv":
                 continue
             params = draw(policy, 3, each.epochs, each.ids, 2, each.sizes)
@@ -184,16 +218,27 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    real = [path.read_bytes() for path in sorted(options.real.iterdir())[:60]] if options.real else []
+    real = [path.read_bytes() for path in sorted(options.real.glob("*.[Jj]*"))[:60]] if options.real else []
     real = [data for data in real if len(data) < 200_000]
     with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / "files").mkdir()
-        files = make_files(Path(scratch) / "files", options.count, real, options.seed)
-        packed = make_beton(Path(scratch) / "mutated.beton", files)
-        for loader in options.loaders.split(","):
-            source: Source = packed if loader == "ffcv" else files
-            bad = check(source, loader)
-            print(f"{loader}: {options.count} files, {bad} refused and named, the others shown")
+        root = Path(scratch)
+        (root / "files").mkdir()
+        files = make_files(root / "files", options.count, real, options.seed)
+        sources: dict[str, Source] = {
+            "files": files,
+            "shards": make_shards(root / "shards", files),
+            "beton": make_beton(root / "mutated.beton", files),
+            "packed": make_packed(root / "packed.beton", files),
+        }
+        print(f"packed: {options.count - len(sources['packed'])} of {options.count} files left out and named")
+        for name, source in sources.items():
+            for loader in options.loaders.split(","):
+                if loader == "ffcv" and not isinstance(source, BetonSource):
+                    continue
+                faulthandler.dump_traceback_later(PATIENCE_S, exit=True)  # what hangs is shown, and is a failure
+                bad = check(source, loader)
+                faulthandler.cancel_dump_traceback_later()
+                print(f"{name}, {loader}: {len(source)} images, {bad} refused and named, the others shown", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,89 +1,21 @@
-"""The .beton format: read and written byte by byte against files built here by hand, and against FFCV itself."""
+"""The .beton format: read and written byte by byte against files built by hand; damaged tables refused."""
 
 from __future__ import annotations
 
-import io
-import json
-import pickle
 import struct
-import subprocess
-import sys
-import zlib
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
-import simplejpeg
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from PIL import Image
 
 from fastsimclr.loaders.beton.reader import BetonSource
-from fastsimclr.loaders.beton.sidecar import Sidecar, read_sidecar, sidecar_path, write_sidecar
 from fastsimclr.loaders.beton.writer import MAX_PAGE, BetonWriter
-from fastsimclr.loaders.data import DataConfig, open_data
-from fastsimclr.loaders.decode import decode
 from fastsimclr.loaders.source import DataError
-
-PAGE = 2**21
-PIXELS = bytes(range(2 * 5 * 3))
-
-
-def jpeg(width: int, height: int, colour: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (width, height), (colour, 90, 255 - colour)).save(file, "JPEG")
-    return file.getvalue()
-
-
-FIRST, SECOND = jpeg(7, 4, 10), PIXELS  # of sample 0, a JPEG; of sample 1, 2 x 5 pixels
-# What stands in a row for each field of a sample, with the bytes that alignment leaves empty before it.
-ORDERS = {
-    "image label": (b"%I3x%L", 24),
-    "label image": (b"%L%I3x", 24),
-    "image": (b"%I", 13),
-    "bytes image float json label array tensor": (b"%B%I3x%F%B%L%A%A", 16 + 16 + 8 + 16 + 8 + 8 + 8),
-}
-TYPES = {"float": 0, "label": 1, "image": 2, "bytes": 3, "array": 4, "json": 5, "tensor": 6}
-
-
-def by_hand(fields: str = "image label", labels: tuple[int, int] = (3, -1)) -> bytes:
-    """A file of two samples in one page, written as spec/loaders.md describes it, with nothing of fastsimclr."""
-    names = fields.split()
-    start = (PAGE, PAGE + len(FIRST) + 1)  # a byte of sample 0's other field lies between
-    other = PAGE + len(FIRST)
-    layout, size = ORDERS[fields]
-    rows = b""
-    for mode, width, height, blob, label in ((0, 7, 4, start[0], labels[0]), (1, 5, 2, start[1], labels[1])):
-        row, rest = b"", layout
-        while rest:
-            kind, rest = rest[:2], rest[2:]
-            row += {
-                b"%I": struct.pack("<BHHQ", mode, width, height, blob),
-                b"%L": struct.pack("<q", label),
-                b"%F": struct.pack("<d", 0.5),
-                b"%B": struct.pack("<QQ", other, 1),
-                b"%A": struct.pack("<Q", other),
-                b"3x": bytes(3),
-            }[kind]
-        assert len(row) == size
-        rows += row
-    described = b"".join(struct.pack("<B16s1024x", TYPES[name], name.encode()) for name in names)
-    head = struct.pack("<HHIQQ", 2, len(names), PAGE, 2, 2 * PAGE) + described + rows
-    data = FIRST + b"x" + SECOND
-    table = struct.pack("<QQQ", 1, start[1], len(SECOND)) + struct.pack("<QQQ", 0, start[0], len(FIRST))
-    if "bytes" in names:
-        table += struct.pack("<QQQ", 0, other, 1) + struct.pack("<QQQ", 1, start[1], 0)  # one empty, at another's place
-    return head.ljust(PAGE, b"\0") + data.ljust(PAGE, b"\0") + table
-
-
-def put(path: Path, data: bytes) -> Path:
-    path.write_bytes(data)
-    return path
+from tests.loaders.betons import FIRST, ORDERS, PAGE, PIXELS, SECOND, TABLE, by_hand, jpeg, put
 
 
 @pytest.mark.parametrize("fields", ORDERS)
@@ -159,8 +91,6 @@ def test_the_writer_refuses_what_the_format_cannot_hold(tmp_path: Path) -> None:
             BetonWriter(tmp_path / "y.beton", 2, page)
 
 
-HEAD = "<HHIQQ"
-TABLE = 24 + 2 * 1041
 DAMAGE = [
     (0, "<H", 3, "is not a .beton of version 2: its first two bytes say 3"),
     (2, "<H", 0, "has 0 fields and 2 samples"),
@@ -224,128 +154,6 @@ def test_what_is_no_beton_is_refused(tmp_path: Path) -> None:
         BetonSource(tmp_path / "none.beton")
 
 
-@pytest.fixture(scope="module")
-def carded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file built by hand, with a sidecar."""
-    path = put(tmp_path_factory.mktemp("carded") / "x.beton", by_hand())
-    card = Sidecar(
-        images=2,
-        file_bytes=path.stat().st_size,
-        names=("cat/a.jpg", "b\udcff.png"),  # the second is a file name that is not UTF-8
-        classes=("w", "x", "y", "z"),
-        crc32=np.array([zlib.crc32(FIRST), zlib.crc32(SECOND)], dtype=np.uint32),
-        source={"name": "here", "fingerprint": "f"},
-        settings={"quality": 90},
-        stored={"verbatim": 2},
-        left_out=(("c.png", "c.png is damaged"),),
-    )
-    write_sidecar(sidecar_path(path), replace(card, fingerprint=BetonSource(path).fingerprint_with(card)))
-    return path
-
-
-def test_the_sidecar_gives_names_classes_and_checksums(carded: Path) -> None:
-    source = BetonSource(carded)
-    assert source.names == ("cat/a.jpg", "b\udcff.png") and source.classes == ("w", "x", "y", "z")
-    assert source.describe(0) == f"{carded}/cat/a.jpg"
-    assert source.verified and source.read(0) == FIRST
-    assert source.sidecar is not None
-    assert source.sidecar.left_out == (("c.png", "c.png is damaged"),) and source.sidecar.settings == {"quality": 90}
-
-
-# Places that say something: the header, types and names, the rows without what alignment leaves, the last table.
-SAID = [*range(24), *(24 + 1041 * k + j for k in (0, 1) for j in range(17)), *range(TABLE, TABLE + 13)]
-SAID += [*range(TABLE + 16, TABLE + 37), *range(TABLE + 40, TABLE + 48), *range(2 * PAGE, 2 * PAGE + 48)]
-
-
-@given(place=st.sampled_from(SAID), bit=st.integers(0, 7), card=st.booleans())
-@examples(max_examples=300)
-def test_a_flipped_bit_is_refused_or_harmless(carded: Path, place: int, bit: int, card: bool) -> None:
-    sidecar = None if card else carded.with_name("none.json")
-    size = carded.stat().st_size
-    with carded.open("r+b", buffering=0) as file:
-        file.seek(place)
-        (byte,) = file.read(1)
-        try:
-            file.seek(place)
-            file.write(bytes([byte ^ 1 << bit]))
-            try:
-                source = BetonSource(carded, sidecar)
-            except DataError:
-                return
-            assert not card  # with a sidecar every bit counts
-            assert (source.starts >= TABLE).all() and (source.starts + source.lengths <= size).all()
-            for index in range(len(source)):
-                data = source.read(index)
-                assert len(data) == source.lengths[index] if isinstance(data, bytes) else data.size > 0
-        finally:
-            file.seek(place)
-            file.write(bytes([byte]))
-
-
-@given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
-@examples(max_examples=60)
-def test_a_damaged_sidecar_is_refused_or_harmless(
-    carded: Path, tmp_path_factory: pytest.TempPathFactory, place: int, bit: int
-) -> None:
-    data = bytearray(sidecar_path(carded).read_bytes())
-    data[place % len(data)] ^= 1 << bit
-    bad = put(tmp_path_factory.mktemp("card") / "bad.json", bytes(data))
-    try:
-        source = BetonSource(carded, bad)
-    except DataError as error:
-        assert str(bad) in str(error)
-    else:  # only what says nothing of the images may change unnoticed
-        assert source.names == ("cat/a.jpg", "b\udcff.png") and source.classes == ("w", "x", "y", "z")
-
-
-def test_a_sidecar_of_another_file_is_refused(carded: Path, tmp_path: Path) -> None:
-    other = put(tmp_path / "x.beton", by_hand(labels=(3, 0)))
-    sidecar_path(other).write_bytes(sidecar_path(carded).read_bytes())
-    with pytest.raises(DataError, match="do not agree: one of them was changed"):
-        BetonSource(other)
-    writer = BetonWriter(other, 3, PAGE)
-    for row in range(3):
-        writer.add(row, FIRST, 4, 7, False)
-    writer.finish([0, 1, 2])
-    writer.close()
-    with pytest.raises(DataError, match=r"belongs to another file than .*: it tells of 2 images .* not of 3"):
-        BetonSource(other)
-    sidecar_path(other).write_text(json.dumps({"format": "something else"}))
-    with pytest.raises(DataError, match=r"x\.beton\.json is not a sidecar of this version"):
-        BetonSource(other)
-
-
-def test_a_damaged_blob_is_named_at_its_first_read(carded: Path, tmp_path: Path) -> None:
-    path = put(tmp_path / "x.beton", carded.read_bytes())
-    sidecar_path(path).write_bytes(sidecar_path(carded).read_bytes())
-    with path.open("r+b") as file:
-        file.seek(PAGE + 40)
-        file.write(b"!!")
-    source = BetonSource(path)
-    with pytest.raises(DataError, match=r"x\.beton/cat/a\.jpg is damaged: its CRC-32 is [0-9a-f]{8}, not [0-9a-f]{8}"):
-        source.read(0)
-    assert read_sidecar(sidecar_path(path)).images == 2
-    np.testing.assert_array_equal(np.asarray(source.read(1)).reshape(-1), np.frombuffer(PIXELS, np.uint8))
-    with path.open("r+b") as file:
-        file.truncate(PAGE + 10)
-    with pytest.raises(OSError, match="ended after 10 of"):
-        source.read(0)
-
-
-def test_copies_threads_and_pickles(carded: Path) -> None:
-    source = BetonSource(carded)
-    other = source.relabelled([1, 0], ["p", "q"])
-    assert (other.labels.tolist(), other.classes) == ([1, 0], ("p", "q")) and source.labels.tolist() == [3, -1]
-    assert other.fingerprint != source.fingerprint
-    assert BetonSource(carded, carded.with_name("none.json")).fingerprint != source.fingerprint
-    del source
-    again = pickle.loads(pickle.dumps(other))
-    assert again.fingerprint == other.fingerprint and again.labels.tolist() == [1, 0]
-    with ThreadPoolExecutor(8) as pool:
-        reads = list(pool.map(again.read, [0, 1] * 200)), list(pool.map(other.read, [0, 1] * 200))
-    assert all(each[0] == FIRST and each[-1].tobytes() == PIXELS for each in reads)
-
-
 def test_which_field_is_which(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = bytearray(by_hand("bytes image float json label array tensor"))
     data[24 + 4 * 1041 + 1 :][:5] = b""
@@ -355,147 +163,3 @@ def test_which_field_is_which(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     with caplog.at_level("INFO", "fastsimclr"):
         assert BetonSource(put(tmp_path / "b.beton", bytes(data))).labels.tolist() == [-1, -1]
     assert "2 could be: read as unlabelled" in caplog.text
-
-
-def packed(path: Path, labels: list[int], names: list[str], classes: list[str]) -> Path:
-    """A packed file of tiny images with a sidecar."""
-    path.parent.mkdir(exist_ok=True)
-    sidecar_path(path).unlink(missing_ok=True)
-    blobs = [jpeg(6, 5, k) for k in range(len(labels))]
-    writer = BetonWriter(path, len(labels), PAGE)
-    for row, blob in enumerate(blobs):
-        writer.add(row, blob, 5, 6, False)
-    size = writer.finish(labels)
-    writer.close()
-    crcs = np.array([zlib.crc32(blob) for blob in blobs], dtype=np.uint32)
-    facts = {"source": {"name": "", "fingerprint": ""}, "settings": {}, "stored": {}, "left_out": ()}
-    card = Sidecar(images=len(labels), file_bytes=size, names=tuple(names), classes=tuple(classes), crc32=crcs, **facts)
-    write_sidecar(sidecar_path(path), replace(card, fingerprint=BetonSource(path).fingerprint_with(card)))
-    return path
-
-
-def test_packed_files_as_the_data_of_a_run(tmp_path: Path) -> None:
-    names = [f"{k}.jpg" for k in range(10)]
-    one = packed(tmp_path / "one/train.beton", [0, 1] * 5, names, ["cat", "dog"])
-    held = open_data(DataConfig(source="beton", root=str(one), val_fraction=0.2))
-    assert (len(held.unlabelled), len(held.val), held.val.classes) == (8, 2, ("cat", "dog"))
-    val = packed(tmp_path / "one/val.beton", [1, 1, 0], names[:3], ["bird", "dog"])
-    with pytest.raises(DataError, match=r"val\.beton has classes that no training image has: bird"):
-        open_data(DataConfig(source="beton", root=str(one.parent)))
-    packed(val, [1, 1, 0], names[:3], ["dog", "cat"])
-    both = open_data(DataConfig(source="beton", root=str(one.parent)))
-    assert both.val.labels.tolist() == [0, 0, 1] and both.val.classes == ("cat", "dog")
-    assert len(both.unlabelled) == 10 and both.train is both.unlabelled
-    (tmp_path / "one/labels.csv").write_text("path,label\n3.jpg,owl\n4.jpg,dog\n")
-    packed(val, [0, 1, 1], names[:3], ["dog", "owl"])
-    few = open_data(DataConfig(source="beton", root=str(one.parent)))
-    assert few.unlabelled.labels.tolist() == [-1, -1, -1, 1, 0, -1, -1, -1, -1, -1]
-    assert few.train.classes == ("dog", "owl") and few.val.labels.tolist() == [0, 1, 1]
-    (tmp_path / "v.csv").write_text("0.jpg,owl\n1.jpg,0\n2.jpg,1\n")
-    listed = DataConfig(source="beton", root=str(one.parent), val=str(val), val_labels=str(tmp_path / "v.csv"))
-    assert open_data(listed).val.labels.tolist() == [1, 0, 1]
-    (tmp_path / "one/labels.csv").write_text("path,label\nnone.jpg,owl\n")
-    with pytest.raises(DataError, match=r"labels.csv names none.jpg, not in .*train.beton"):
-        open_data(DataConfig(source="beton", root=str(one.parent)))
-    with pytest.raises(DataError, match=r"train.beton does not exist; pack into it: fastsimclr pack SRC"):
-        open_data(DataConfig(source="beton", root=str(tmp_path)))
-    with pytest.raises(ValueError, match=r"data\.source=beton needs data.root"):
-        DataConfig(source="beton")
-
-
-Exchange = tuple[Path, list[npt.NDArray[np.uint8]], list[bytes]]
-
-FFCV = """
-import sys, warnings
-warnings.simplefilter("ignore")
-import numpy as np
-from ffcv.fields import BytesField, FloatField, IntField, JSONField, NDArrayField, RGBImageField
-from ffcv.fields.decoders import IntDecoder
-from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-from ffcv.loader import Loader, OrderOption
-from ffcv.writer import DatasetWriter
-
-folder = sys.argv[1]
-images = np.load(folder + "/images.npz")
-images = [images[key] for key in images.files]
-
-class Data:
-    def __len__(self):
-        return len(images)
-    def __getitem__(self, i):
-        i = int(i)
-        note, array = np.frombuffer(b"x" * (i % 3), np.uint8), np.full((3, 2), i, np.float32)
-        return note, images[i], i / 2, {"a": i}, i % 7, array
-
-fields = {
-    "note": BytesField(), "picture": RGBImageField(write_mode="proportion", jpeg_quality=95), "x": FloatField(),
-    "json": JSONField(), "label": IntField(), "array": NDArrayField(np.dtype("float32"), (3, 2)),
-}
-writer = DatasetWriter(folder + "/theirs.beton", fields, page_size=2**21, num_workers=2)
-writer.from_indexed_dataset(Data(), chunksize=7)
-
-pipelines = {"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]}
-for cached in (True, False):
-    loader = Loader(
-        folder + "/ours.beton", batch_size=4, num_workers=1, order=OrderOption.SEQUENTIAL, drop_last=False,
-        os_cache=cached, pipelines=pipelines,
-    )
-    read = [(np.array(x), np.array(y)) for x, y in loader]
-    np.savez(f"{folder}/read-{cached}.npz", images=np.concatenate([x for x, _ in read]),
-             labels=np.concatenate([y for _, y in read])[:, 0])
-"""
-
-
-@pytest.fixture(scope="module")
-def both_ways(tmp_path_factory: pytest.TempPathFactory) -> Exchange:
-    """A folder in which FFCV wrote three files of the images, and read a file of ours with the blobs."""
-    folder = tmp_path_factory.mktemp("ffcv")
-    random = np.random.default_rng(5)
-    images = [random.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in random.integers(20, 300, (40, 2)).tolist()]
-    np.savez(folder / "images.npz", *images)
-    colours = random.integers(0, 256, (9, 6, 8, 3), dtype=np.uint8)
-    plain = [np.kron(each, np.ones((8, 8, 1), np.uint8)) for each in colours]
-    blobs, writer = [], BetonWriter(folder / "ours.beton", 9, PAGE)
-    for row, pixels in enumerate(plain):
-        file = io.BytesIO()
-        picture = Image.fromarray(pixels)
-        (picture.convert("L") if row == 4 else picture).save(file, "JPEG", quality=95)  # one is grey, one is raw
-        blobs.append(pixels.tobytes() if row == 5 else file.getvalue())
-        writer.add(row, blobs[row], 48, 64, row == 5)
-    writer.finish([row % 4 - 1 for row in range(9)])
-    writer.close()
-    # Its own process: FFCV warns at import, compiles for seconds, and a test that fails must not leave its threads.
-    run = subprocess.run([sys.executable, "-c", FFCV, str(folder)], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    return folder, images, blobs
-
-
-@pytest.mark.needs("ffcv")
-def test_ffcv_reads_what_we_write(both_ways: Exchange) -> None:
-    folder, _, blobs = both_ways
-    for cached in (True, False):
-        read = np.load(folder / f"read-{cached}.npz")
-        assert read["labels"].tolist() == [row % 4 - 1 for row in range(9)]
-        for row, blob in enumerate(blobs):
-            raw = row == 5
-            # FFCV decodes with libjpeg-turbo too, and asks for its fast DCT; one level for another version of it.
-            own = (
-                np.frombuffer(blob, np.uint8).reshape(48, 64, 3) if raw else simplejpeg.decode_jpeg(blob, fastdct=True)
-            )
-            assert np.abs(own.astype(int) - read["images"][row]).max() <= (0 if raw else 1)
-
-
-@pytest.mark.needs("ffcv")
-def test_we_read_what_ffcv_writes(both_ways: Exchange) -> None:
-    folder, images, _ = both_ways
-    source = BetonSource(folder / "theirs.beton")
-    assert source.labels.tolist() == [row % 7 for row in range(40)] and source.classes == tuple("0123456")
-    assert source.pixel_sizes.tolist() == [list(pixels.shape[:2]) for pixels in images]
-    assert 0 < source.raw.sum() < 40  # FFCV chose by chance: some are JPEG, some are not
-    for row, pixels in enumerate(images):
-        data = source.read(row)
-        if isinstance(data, bytes):
-            assert decode(data, "").shape == pixels.shape
-            assert abs(decode(data, "").mean() - pixels.mean()) < 2
-        else:
-            np.testing.assert_array_equal(data, pixels)

@@ -1,21 +1,37 @@
-"""Damaged images in every backend: 200 mutated JPEGs, a worker that dies, a decoder that fails after all."""
+"""Damaged images in every backend: 200 mutated JPEGs as files, in shards and packed; workers and threads that fail."""
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from fastsimclr.loaders import faults as faults_module
 from fastsimclr.loaders.backends import dali as dali_module
+from fastsimclr.loaders.backends.resident import hold
 from fastsimclr.loaders.data import DataConfig, LoaderName
 from fastsimclr.loaders.draw import Policy
 from fastsimclr.loaders.loader import EvalLoader, Loader, TrainLoader
 from fastsimclr.loaders.sets.basic import FileSource
+from fastsimclr.loaders.shards.remote import FetchError
 from fastsimclr.loaders.source import DataError
-from tests.loaders.mutate import KINDS, Deadly, check, drawn, expected, make_beton, make_files
+from tests.loaders.mutate import (
+    KINDS,
+    Deadly,
+    check,
+    drawn,
+    expected,
+    make_beton,
+    make_files,
+    make_packed,
+    make_shards,
+)
 
-NEEDS_DALI = pytest.mark.needs("nvidia.dali")
+DALI = pytest.param("dali", marks=pytest.mark.needs("nvidia.dali"))
+FFCV = pytest.param("ffcv", marks=pytest.mark.needs("ffcv"))
 POLICY = Policy(size=16, normalise="none")
 
 
@@ -34,15 +50,28 @@ def test_the_mutations_are_as_hard_as_they_should_be(mutated: FileSource) -> Non
     assert share["truncated"] > 0.8 and 0.3 < share["flipped"] < 1 and 0.3 < share["header"] < 1
 
 
-@pytest.mark.parametrize("loader", ["native", "resident", "torchvision", pytest.param("dali", marks=NEEDS_DALI)])
+@pytest.mark.parametrize("loader", ["native", "resident", "torchvision", DALI])
 def test_damage_is_named_counted_and_replaced(mutated: FileSource, loader: LoaderName) -> None:
     assert check(mutated, loader) == len(expected(mutated)[0]) > 100
 
 
-@pytest.mark.needs("ffcv")
-def test_damage_in_a_beton_is_named_counted_and_replaced(mutated: FileSource, tmp_path: Path) -> None:
-    packed = make_beton(tmp_path / "mutated.beton", mutated)
-    assert check(packed, "ffcv") == check(packed, "native") > 100
+@pytest.mark.parametrize("loader", ["native", "resident", "torchvision", DALI])
+def test_damage_in_shards_is_named_counted_and_replaced(
+    mutated: FileSource, tmp_path: Path, loader: LoaderName
+) -> None:
+    assert check(make_shards(tmp_path, mutated), loader) == len(expected(mutated)[0])
+
+
+@pytest.mark.parametrize("loader", ["native", "resident", DALI, FFCV])
+def test_damage_in_a_beton_is_named_counted_and_replaced(
+    mutated: FileSource, tmp_path: Path, loader: LoaderName
+) -> None:
+    assert check(make_beton(tmp_path / "mutated.beton", mutated), loader) == len(expected(mutated)[0])
+
+
+@pytest.mark.parametrize("loader", ["native", DALI])
+def test_damage_is_left_out_of_a_packed_file(mutated: FileSource, tmp_path: Path, loader: LoaderName) -> None:
+    assert check(make_packed(tmp_path / "packed.beton", mutated), loader) == 0
 
 
 @pytest.fixture
@@ -59,7 +88,7 @@ def crops(loader: Loader) -> Loader:
     return loader
 
 
-@pytest.mark.parametrize("loader", ["torchvision", pytest.param("dali", marks=NEEDS_DALI)])
+@pytest.mark.parametrize("loader", ["torchvision", DALI])
 def test_too_many_and_none_readable(files: FileSource, loader: LoaderName) -> None:
     for k in (3, 30):
         (files.root / files.names[k]).write_bytes(b"\xff\xd8 no more")
@@ -77,7 +106,7 @@ def test_too_many_and_none_readable(files: FileSource, loader: LoaderName) -> No
             list(crops(run))
 
 
-@pytest.mark.parametrize("loader", ["torchvision", pytest.param("dali", marks=NEEDS_DALI)])
+@pytest.mark.parametrize("loader", ["torchvision", DALI])
 def test_each_image_is_decoded_strictly_once(
     files: FileSource, loader: LoaderName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +139,7 @@ def test_a_worker_that_dies_is_a_named_error(files: FileSource) -> None:
         list(train)
 
 
-@NEEDS_DALI
+@pytest.mark.needs("nvidia.dali")
 def test_a_pipeline_that_dies_is_a_named_error(files: FileSource, monkeypatch: pytest.MonkeyPatch) -> None:
     original = dali_module._file
 
@@ -121,3 +150,70 @@ def test_a_pipeline_that_dies_is_a_named_error(files: FileSource, monkeypatch: p
     train = crops(TrainLoader(files, DataConfig(loader="dali", threads=2), batch=10, seed=0, stop=9))
     with pytest.raises(DataError, match=r"DALI failed on a batch of 10 images, from .*\.jpg to .*use loader=native"):
         list(train)
+
+
+class Defective(FileSource):
+    """Files of which reading one fails, and not because of the file."""
+
+    error: Exception
+
+    def read(self, index: int) -> bytes:
+        if index == 17:
+            raise self.error
+        return super().read(index)
+
+
+def everything(source: FileSource, loader: LoaderName) -> None:
+    """Every image of an epoch, by this backend."""
+    config = DataConfig(loader=loader, threads=2, max_bad_fraction=0.9)
+    if loader == "resident":
+        source.pixel_sizes = np.ones((40, 2), np.int32)  # type: ignore[attr-defined]  # so that it reads in threads only
+        hold(source, config, torch.device("cpu"))
+    else:
+        list(crops(TrainLoader(source, config, batch=10, seed=0, stop=4)))
+
+
+def assert_no_threads() -> None:
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("decode", "resident"))]
+
+
+@pytest.mark.parametrize("loader", ["native", "resident", "torchvision", DALI])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(MemoryError(), r"\(MemoryError\); free memory"), (KeyError("bug"), r"\(KeyError: 'bug'\); --traceback")],
+)
+def test_a_thread_that_fails_otherwise_names_the_image(
+    files: FileSource, loader: LoaderName, error: Exception, said: str
+) -> None:
+    source = Defective("defective", files.root, files.names, files.sizes.tolist(), files.labels, files.classes)
+    source.error = error
+    with pytest.raises(RuntimeError, match=rf"/17\.jpg could not be read or decoded, and no .* {said}") as caught:
+        everything(source, loader)
+    assert caught.value.__cause__ is error
+    assert_no_threads()
+
+
+@pytest.mark.parametrize("loader", ["native", "resident", "torchvision", DALI])
+def test_memory_that_is_short_while_decoding_names_the_image(
+    files: FileSource, loader: LoaderName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really = faults_module.decode
+
+    def short(data, what, *rest):  # type: ignore[no-untyped-def]
+        if what.endswith("/17.jpg"):
+            raise MemoryError
+        return really(data, what, *rest)
+
+    monkeypatch.setattr(faults_module, "decode", short)
+    with pytest.raises(RuntimeError, match=r"/17\.jpg could not be read or decoded.* free memory, or lower"):
+        everything(files, loader)
+    assert_no_threads()
+
+
+@pytest.mark.parametrize("loader", ["native", "resident", "torchvision", DALI])
+def test_a_network_that_fails_stops_every_backend(files: FileSource, loader: LoaderName) -> None:
+    source = Defective("defective", files.root, files.names, files.sizes.tolist(), files.labels, files.classes)
+    source.error = FetchError("http://h/t-0.tar could not be fetched in 6 attempts")
+    with pytest.raises(FetchError, match=r"t-0\.tar could not be fetched"):
+        everything(source, loader)
+    assert_no_threads()

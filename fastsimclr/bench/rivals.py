@@ -1,0 +1,153 @@
+"""Other loaders at their best settings: FFCV, DALI, torch's DataLoader, and bare decoding as the floor of them all.
+
+Each is a function without arguments that begins an endless or long enough stream of batches.
+"""
+
+# N images of a batch, S side
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import simplejpeg
+import torch
+from torchvision.transforms import v2
+
+from fastsimclr.bench.baseline import TwoViews, plain_transform
+from fastsimclr.bench.files import Files, data_loader
+from fastsimclr.bench.ours import policy_for
+from fastsimclr.loaders.scratch import Scratch
+from fastsimclr.runtime import Runtime
+
+Stream = Callable[[], Iterator[Any]]
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+_AHEAD = 3
+_ROOM = Scratch()
+
+
+def quickest(streams: dict[str, Stream], batches: int) -> tuple[str, Stream, dict[str, float]]:
+    """The stream that gives `batches` batches soonest after as many before them: name, stream, seconds of each."""
+    seconds = {name: seconds_of(stream, batches, batches) for name, stream in streams.items()}
+    name = min(seconds, key=lambda key: seconds[key])
+    return name, streams[name], seconds
+
+
+def seconds_of(stream: Stream, lead: int, batches: int) -> float:
+    """What `batches` batches take after the first `lead`."""
+    running = stream()
+    for _ in range(lead):
+        next(running)
+    start = time.perf_counter()
+    for _ in range(batches):
+        next(running)
+    return time.perf_counter() - start
+
+
+def decoding(files: Sequence[bytes], batch: int, threads: int) -> Stream:
+    """simplejpeg, strict, of files in memory, in threads that write into a buffer of their own; nothing is kept."""
+
+    def decode(start: int) -> None:
+        for k in range(start, start + share):
+            data = files[k % len(files)]
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+            simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, buffer=_ROOM.take(3 * height * width))
+
+    share = math.gcd(batch, 32)
+
+    def stream() -> Iterator[None]:
+        pool = ThreadPoolExecutor(threads)
+        begun: deque[list[Future[None]]] = deque()
+        try:
+            for first in itertools.count(step=batch):
+                begun.append([pool.submit(decode, start) for start in range(first, first + batch, share)])
+                if len(begun) > _AHEAD:
+                    for task in begun.popleft():
+                        task.result()
+                    yield None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    return stream
+
+
+def ffcv(path: Path, batch: int, size: int, threads: int) -> Stream:
+    """FFCV's own Loader, two random crops of an image in uint8 [N, S, S, 3] each, in random order, pages cached."""
+    fields, loaders = import_module("ffcv.fields.rgb_image"), import_module("ffcv.loader")
+    specs = import_module("ffcv.pipeline.pipeline_spec")
+
+    def crop() -> Any:
+        decoder = fields.RandomResizedCropRGBImageDecoder((size, size), SCALE, RATIO)
+        return specs.PipelineSpec("image", decoder=decoder, transforms=[])
+
+    torch_threads = torch.get_num_threads()  # FFCV sets them to its own
+    loader = loaders.Loader(
+        str(path),
+        batch_size=batch,
+        num_workers=threads,
+        os_cache=True,
+        order=loaders.OrderOption.RANDOM,
+        pipelines={"image": None, "label": None, "view0": crop(), "view1": crop()},
+        drop_last=True,
+        batches_ahead=_AHEAD,
+        seed=0,
+    )
+    torch.set_num_threads(torch_threads)
+    return lambda: iter(loader)
+
+
+def dali(files: Sequence[str], batch: int, size: int, threads: int) -> dict[str, Stream]:
+    """DALI on the CPU, two random crops of an image in uint8: one decode for both, or DALI's fused decode and crop."""
+    fn, types = import_module("nvidia.dali.fn"), import_module("nvidia.dali.types")
+    pipeline: Any = import_module("nvidia.dali").Pipeline
+    window = {"random_area": list(SCALE), "random_aspect_ratio": list(RATIO)}
+
+    def build(fused: bool, depth: int) -> Stream:
+        pipe = pipeline(batch_size=batch, num_threads=threads, device_id=None, prefetch_queue_depth=depth, seed=0)
+        with pipe:
+            data, _ = fn.readers.file(files=list(files), random_shuffle=True, initial_fill=len(files))
+            if fused:
+                crops = [
+                    fn.decoders.image_random_crop(data, device="cpu", output_type=types.RGB, **window) for _ in "12"
+                ]
+                views = [fn.resize(crop, size=[size, size], interp_type=types.INTERP_LINEAR) for crop in crops]
+            else:
+                whole = fn.decoders.image(data, output_type=types.RGB, adjust_orientation=False)
+                views = [fn.random_resized_crop(whole, size=[size, size], **window) for _ in "12"]
+            pipe.set_outputs(*views)
+        pipe.build()
+
+        def stream() -> Iterator[Any]:
+            while True:
+                yield pipe.run()
+
+        return stream
+
+    return {
+        f"{'fused decode and crop' if fused else 'one decode'}, depth {depth}": build(fused, depth)
+        for fused, depth in itertools.product((False, True), (2, 4))
+    }
+
+
+def torch_loader(files: Files, batch: int, batches: int, workers: int, runtime: Runtime) -> Stream:
+    """torch's DataLoader in random order over `files`, a pass of `batches` batches."""
+    loader = data_loader(files, batch, batches, workers, runtime)
+    return lambda: iter(loader)
+
+
+def crop_twice(size: int, *first: Any) -> TwoViews:
+    """torchvision's crops alone, two of [S, S] as float tensors; `first` makes tensors of pictures."""
+    crop, scaled = v2.RandomResizedCrop(size, antialias=True), v2.ToDtype(torch.float32, scale=True)
+    return TwoViews(v2.Compose([crop, *first, scaled]))
+
+
+def full_views(size: int) -> TwoViews:
+    """torchvision's two whole SimCLR views: crop, flip, colours, grey, blur, normalised."""
+    return TwoViews(plain_transform(policy_for(size)))
