@@ -14,6 +14,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,8 @@ if not torch.cuda.is_available():
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("house")
 # Two threads at most, so that sums have one order on machines of any size; OMP_NUM_THREADS=1 is kept.
-torch.set_num_threads(min(2, torch.get_num_threads()))
+THREADS = min(2, torch.get_num_threads())
+torch.set_num_threads(THREADS)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -69,6 +71,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             items[:] = [item for item in items if item not in left_out]
     if hasattr(config, "workeroutput"):  # a process of pytest-xdist
         config.workeroutput["left out"] = config.stash[LEFT_OUT]
+
+
+def pytest_sessionstart() -> None:
+    """Pass over what numba's finalizer raises when FFCV's functions are collected, in whatever test that happens."""
+    told = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        frames = traceback.extract_tb(unraisable.exc_traceback)
+        if not (frames and frames[-1].filename.endswith("numba/core/dispatcher.py")):
+            told(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def pytest_runtest_teardown() -> None:
+    """Give each test the same threads: FFCV sets torch's to its own, at its first batch."""
+    torch.set_num_threads(THREADS)
 
 
 @pytest.hookimpl(optionalhook=True)

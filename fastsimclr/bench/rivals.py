@@ -31,6 +31,7 @@ Stream = Callable[[], Iterator[Any]]
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 _AHEAD = 3
 _ROOM = Scratch()
+_KEPT: list[Any] = []  # numba (0.68) fails while it forgets what it compiled for FFCV
 
 
 def quickest(streams: dict[str, Stream], batches: int) -> tuple[str, Stream, dict[str, float]]:
@@ -100,6 +101,7 @@ def ffcv(path: Path, batch: int, size: int, threads: int) -> Stream:
         seed=0,
     )
     torch.set_num_threads(torch_threads)
+    _KEPT.append(loader)
     return lambda: iter(loader)
 
 

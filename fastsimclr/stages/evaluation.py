@@ -115,10 +115,9 @@ def _choose(
     """Give the network, also that of the last checkpoint, the classifier that is best on `held`; {"sweep": ...}."""
     network = objective.network.eval()
     features = extract(network.features, setting.passes(held), setting.evaluation_policy, setting.runtime)
+    values = features.values.to(next(objective.candidates.parameters()).dtype)
     with torch.no_grad():
-        tried = [
-            score(candidate(features.values), features.labels, setting.ranks) for candidate in objective.candidates
-        ]
+        tried = [score(candidate(values), features.labels, setting.ranks) for candidate in objective.candidates]
     sweep, chosen = _table(held, settings, tried)
     objective.choose(chosen)
 

@@ -110,11 +110,11 @@ class _Reading:
         return result
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=None)
 def _loader(
     path: Path, size: int, scale: tuple[float, float], ratio: tuple[float, float], views: int, batch: int, threads: int
 ) -> Any:
-    """FFCV's Loader. Compiling it takes seconds, so that the last few are kept."""
+    """FFCV's Loader, kept: compiling takes seconds, and numba (0.68) fails while it forgets what it compiled."""
     fields, loaders = import_module("ffcv.fields.rgb_image"), import_module("ffcv.loader")
     specs, reader = import_module("ffcv.pipeline.pipeline_spec"), import_module("ffcv.reader")
     handlers = reader.Reader(str(path), {}).handlers

@@ -31,7 +31,7 @@ def default_cache() -> Path:
 
 
 class _NoRoom(Exception):
-    """A shard that nobody waits for does not fit without giving up one in use."""
+    """A shard that nobody waits for does not fit without giving up one in use, or is not expected any more."""
 
 
 class ShardCache:
@@ -46,6 +46,7 @@ class ShardCache:
         self.handles = Handles(0)
         self._over, self._told = limit > 0, False  # what a killed process left behind is not known yet
         self._failures: dict[str, tuple[float, FetchError]] = {}
+        self._wanted: frozenset[str] = frozenset()
         self._ahead = threading.Lock()
         self._wishes: deque[Remote] = deque()
         self._workers = 0
@@ -72,11 +73,14 @@ class ShardCache:
             if self.limit and wishes and total > self.limit:
                 break
             wishes.append(remote)
-        self.handles.want(frozenset(remote.key for remote in wishes))
+        self._wanted = frozenset(remote.key for remote in wishes)
+        self.handles.want(self._wanted)
         if not wishes:
             self._come_down()
+        missing = [remote for remote in wishes if remote.key not in self.handles]
         with self._ahead:
-            self._wishes = deque(remote for remote in wishes if remote.key not in self.handles)
+            # Those that are here are only to be held, first, or making room for the others would take them.
+            self._wishes = deque(sorted(missing, key=self.holds, reverse=True))
             start = min(THREADS, len(self._wishes)) - self._workers
             self._workers += max(0, start)
         for _ in range(start):
@@ -101,6 +105,8 @@ class ShardCache:
     def _open(self, remote: Remote, *, ahead: bool = False) -> int:
         begun = time.monotonic()
         while (fd := self._there(remote)) is None:
+            if ahead and remote.key not in self._wanted:  # another thread fetched it, it was used and given up
+                raise _NoRoom
             failed_at, failure = self._failures.get(remote.key, (begun, None))
             if failure is not None and failed_at > begun:  # the thread that this one waited for has tried it all
                 raise failure
