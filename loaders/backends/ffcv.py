@@ -9,7 +9,7 @@ Passes over centre crops are read natively: FFCV's centre crop rounds otherwise.
 from __future__ import annotations
 
 from collections.abc import Generator
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ class _Reading:
         return result
 
 
-@lru_cache(maxsize=None)
+@cache
 def _loader(
     path: Path, size: int, scale: tuple[float, float], ratio: tuple[float, float], views: int, batch: int, threads: int
 ) -> Any:
