@@ -63,6 +63,7 @@ class BetonSource:
         self._crc32 = np.empty(0, np.uint32) if self.sidecar is None else self.sidecar.crc32
         self._unchecked = np.ones(len(self), dtype=bool) if self.verified else None
         self.blocks = self._pages()
+        self._expected: set[int] = set()
         for array in (self.raw, self.pixel_sizes, self.starts, self.lengths, self.labels):
             array.setflags(write=False)
 
@@ -93,6 +94,13 @@ class BetonSource:
             raise OSError(f"{self.describe(index)}: {self.path} ended after {found} of {length} bytes; {REMEDY}")
         self._check(index, data)
         return data
+
+    def expect(self, ids: npt.ArrayLike) -> None:
+        """Have the system read ahead the pages of images `ids`, which in a quasi-random order come next as a whole."""
+        pages = set((self.starts[np.asarray(ids, dtype=np.int64)] // self.page_bytes).tolist())
+        for page in sorted(pages - self._expected) if hasattr(os, "posix_fadvise") else ():
+            os.posix_fadvise(self._handle.number, page * self.page_bytes, self.page_bytes, os.POSIX_FADV_WILLNEED)
+        self._expected = pages
 
     def _check(self, index: int, data: bytes | memoryview) -> None:
         if self._unchecked is not None and self._unchecked[index]:

@@ -32,7 +32,7 @@ TABLE = 24 + 2 * 1041
 
 
 def by_hand(fields: str = "image label", labels: tuple[int, int] = (3, -1)) -> bytes:
-    """A file of two samples in one page, written as spec/loaders.md describes it, with nothing of fastsimclr."""
+    """A file of two samples in one page, with nothing of fastsimclr."""
     names = fields.split()
     start = (PAGE, PAGE + len(FIRST) + 1)  # a byte of sample 0's other field lies between
     other = PAGE + len(FIRST)

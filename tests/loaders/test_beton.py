@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 
 from fastsimclr.loaders.beton.reader import BetonSource
 from fastsimclr.loaders.beton.writer import MAX_PAGE, BetonWriter
+from fastsimclr.loaders.data import DataConfig
+from fastsimclr.loaders.loader import TrainLoader
 from fastsimclr.loaders.source import DataError
 from tests.loaders.betons import FIRST, ORDERS, PAGE, PIXELS, SECOND, TABLE, by_hand, jpeg, put
 
@@ -76,6 +79,29 @@ def test_pages_hold_whole_blobs_in_any_order(tmp_path_factory: pytest.TempPathFa
         assert source.blocks is not None
         pages = [{start // page for start in source.starts[a:b].tolist()} for a, b in pairwise(source.blocks)]
         assert all(len(each) == 1 for each in pages) and len(set.union(*pages)) == len(pages)
+
+
+def test_pages_that_come_next_are_read_ahead_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = BetonWriter(tmp_path / "x.beton", 12, PAGE)
+    for row in range(12):
+        writer.add(row, bytes(PAGE // 3), 1, 2, False)
+    writer.finish(np.zeros(12))
+    writer.close()
+    source = BetonSource(tmp_path / "x.beton")
+    assert source.blocks is not None and source.blocks.tolist() == [0, 3, 6, 9, 12]
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *what: asked.append(what))
+    where = [int(source.starts[3 * block]) // PAGE * PAGE for block in range(4)]
+    for ids, blocks in (([4, 0], [0, 1]), ([5, 9], [3]), ([9], []), ((), []), ([9], [3])):
+        asked.clear()
+        source.expect(ids)
+        assert asked == [(where[block], PAGE, os.POSIX_FADV_WILLNEED) for block in blocks]
+    with TrainLoader(source, DataConfig(order="quasi", window=1, loader="native"), batch=3, seed=0, stop=4) as loader:
+        asked.clear()
+        assert len(list(loader.plan())) == 4 and not asked  # nobody reads
+        with pytest.raises(DataError, match="damaged"):  # these are no images
+            next(iter(loader))
+        assert asked
 
 
 def test_the_writer_refuses_what_the_format_cannot_hold(tmp_path: Path) -> None:
