@@ -25,7 +25,7 @@ gpu-check:
 	$(PYTHON) -m fastsimclr.bench.gpu_check --out $(OUT)
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist *.egg-info loaders/_cut*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find fastsimclr loaders kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml setup.py loaders/cut.c

@@ -94,7 +94,8 @@ class Ranks:
                     for rank, (_, error) in enumerate(heard):
                         if error is not None:
                             failures.setdefault(rank, error)
-                    if failures or all(done for done, _ in heard):
+                    # What all have heard, not what this rank knows: it leaves the exchanges when the others do.
+                    if any(error is not None for _, error in heard) or all(done for done, _ in heard):
                         return
             except Exception as error:  # of the exchange
                 failures.setdefault(self.rank, error)

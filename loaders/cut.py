@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ import torch.nn.functional as F
 from fastsimclr.loaders.draw import Policy, ViewParams, draw
 
 Ints = npt.NDArray[np.int64]
+LOG = logging.getLogger("fastsimclr")
 Pixels = npt.NDArray[np.uint8]
 Sizes = npt.NDArray[np.int32]
 
+VERSION = 1  # as in cut.c: what its functions take
 MOST = 32
 """Largest reduction that cut.c's 16 bits hold."""
 
@@ -33,7 +36,14 @@ def _compiled() -> Any:
     """cut.c as setup.py compiles it, or None. A CDLL's functions run without the interpreter's lock."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         if (path := Path(__file__).with_name(f"_cut{suffix}")).is_file():
-            library = ctypes.CDLL(str(path))
+            try:
+                library = ctypes.CDLL(str(path))
+                current = library.fastsimclr_cut_version() == VERSION
+            except (OSError, AttributeError):
+                current = False
+            if not current:
+                LOG.warning("%s was compiled elsewhere or from other sources, torch cuts crops; install again", path)
+                return None
             pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
             library.fastsimclr_cut.argtypes = [pointer, long, number, number, number, pointer]
             library.fastsimclr_cut_many.argtypes = [pointer, number, number, long, *[pointer] * 3, number, pointer]
@@ -74,7 +84,8 @@ def cut(pixels: Pixels, box: tuple[int, int, int, int], out: Pixels) -> None:
         ):
             raise MemoryError(f"no memory to cut {height} x {width} pixels")
         return
-    planar = torch.from_numpy(pixels[top : top + height, left : left + width]).permute(2, 0, 1)[None]
+    window = pixels[top : top + height, left : left + width].copy()  # torch warns of memory that is for reading only
+    planar = torch.from_numpy(window).permute(2, 0, 1)[None]
     small = F.interpolate(planar, size=(size, size), mode="bilinear", antialias=True)
     out[:] = small[0].permute(1, 2, 0).numpy()
 

@@ -50,6 +50,8 @@ def decode(data: Encoded, what: str, max_pixels: int = MAX_PIXELS, out: Pixels |
     """
     height, width, picture = _open(data, what, max_pixels)
     room = None if out is None else out[: 3 * height * width]
+    if room is not None and len(room) < 3 * height * width:
+        raise DataError(f"{what} has {height} x {width} pixels, more than its header or table said; pack it anew")
     try:
         if picture is None:
             pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, buffer=room)
@@ -77,7 +79,7 @@ def _open(data: Encoded, what: str, max_pixels: int) -> tuple[int, int, Image.Im
             picture = Image.open(io.BytesIO(data), formats=FORMATS)
             width, height = picture.size
     except UnidentifiedImageError as error:
-        raise DataError(f"{what} is not an image ({', '.join(FORMATS)}): it begins {data[:8]!r}") from error
+        raise DataError(f"{what} is not an image ({', '.join(FORMATS)}): it begins {bytes(data[:8])!r}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{what} is larger than Pillow accepts: {error}") from error
     except MemoryError:

@@ -6,6 +6,9 @@ import json
 import math
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,14 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.transforms import v2
 
-from fastsimclr.bench import baseline, gpu_check, ours
+from fastsimclr.bench import baseline, gpu_check, ours, rivals
 from fastsimclr.bench.compare import compare
 from fastsimclr.bench.configs import E2eBench, LoaderBench, StepBench
 from fastsimclr.bench.e2e import bench_e2e
 from fastsimclr.bench.files import open_files
-from fastsimclr.bench.loader import bench_loader
+from fastsimclr.bench.loader import _decoded, bench_loader
 from fastsimclr.bench.record import LAST, Contestant, Round, Stopwatch, measure, report, table, write
 from fastsimclr.cli import main
 from fastsimclr.loaders import DataError
@@ -116,6 +120,33 @@ def test_loader_on_real_files(tmp_path: Path) -> None:
     for pair in result["ratios"]:
         assert pair["median"] == pytest.approx(rate[pair["ours"]] / rate[pair["baseline"]])
     assert "16 files" in result["checks"]["images"]
+
+
+def test_a_stream_ends_before_the_next_begins() -> None:
+    """What a stream still reads ahead must not run in the time of the next one."""
+    busy = threading.Event()
+
+    def stream() -> Iterator[int]:
+        def read_ahead() -> None:
+            start = time.thread_time()
+            while time.thread_time() - start < 0.5:
+                sum(range(1000))
+            busy.set()
+
+        threading.Thread(target=read_ahead, daemon=True).start()
+        yield from range(10)
+
+    running = stream()
+    assert next(running) == 0 and not busy.is_set()
+    rivals.end(running)
+    assert busy.is_set() and next(running, None) is None
+
+
+def test_all_give_crops_in_bytes(tmp_path: Path) -> None:
+    source, _ = open_files(None, 8, 40, 0, tmp_path)
+    path, picture = source.describe(0), Image.open(source.describe(0))
+    for given in (rivals.crop_twice(16, v2.PILToTensor())(picture), rivals.crop_twice(16)(_decoded(path))):
+        assert [(view.dtype, view.shape) for view in given] == [(torch.uint8, (3, 16, 16))] * 2
 
 
 def test_files_are_spread_and_too_few_are_refused(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ def bench_e2e(config: E2eBench) -> Report:
     with tempfile.TemporaryDirectory() as scratch:
         source, what = open_files(config.root, config.images, config.side, config.seed, Path(scratch))
         start = time.perf_counter()
-        resident = hold(source, DataConfig(threads=config.threads, loader="resident"), auto.device)
+        data = DataConfig(threads=config.threads, loader="resident")
+        resident = hold(source, data, auto.device) if "resident" in config.loaders else None
         setup_s = time.perf_counter() - start
         checks = {"images": what} | baseline.same_work(
             ours.network(config.arch, config.size, config.seed), config.size, config.arch

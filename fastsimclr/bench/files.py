@@ -55,14 +55,14 @@ class Files(torch.utils.data.Dataset[Any]):
 
 
 def data_loader(
-    dataset: Files, batch: int, steps: int, workers: int, runtime: Runtime
+    dataset: Files, batch: int, steps: int, workers: int, runtime: Runtime, *, persistent: bool = True
 ) -> torch.utils.data.DataLoader[Any]:
-    """torch's DataLoader in random order, `steps` whole batches a pass; its workers live on between passes."""
+    """torch's DataLoader in random order, `steps` whole batches a pass; persistent: workers live on between passes."""
     return torch.utils.data.DataLoader(
         dataset,
         batch_size=batch,
         sampler=torch.utils.data.RandomSampler(dataset, num_samples=batch * steps),
         num_workers=workers,
-        persistent_workers=workers > 0,
+        persistent_workers=persistent and workers > 0,
         pin_memory=runtime.device.type == "cuda",
     )

@@ -30,26 +30,39 @@ from fastsimclr.runtime import Runtime
 Stream = Callable[[], Iterator[Any]]
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 _AHEAD = 3
+_IDLE_S = 0.1
 _ROOM = Scratch()
 _KEPT: list[Any] = []  # numba (0.68) fails while it forgets what it compiled for FFCV
 
 
 def quickest(streams: dict[str, Stream], batches: int) -> tuple[str, Stream, dict[str, float]]:
     """The stream that gives `batches` batches soonest after as many before them: name, stream, seconds of each."""
-    seconds = {name: seconds_of(stream, batches, batches) for name, stream in streams.items()}
+    seconds = {name: _seconds(stream, batches) for name, stream in streams.items()}
     name = min(seconds, key=lambda key: seconds[key])
     return name, streams[name], seconds
 
 
-def seconds_of(stream: Stream, lead: int, batches: int) -> float:
-    """What `batches` batches take after the first `lead`."""
+def _seconds(stream: Stream, batches: int) -> float:
     running = stream()
-    for _ in range(lead):
+    for _ in range(batches):
         next(running)
     start = time.perf_counter()
     for _ in range(batches):
         next(running)
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    end(running)
+    return seconds
+
+
+def end(running: Iterator[Any]) -> None:
+    """End a stream, and wait until nothing of it works on: what it reads ahead would slow down the next one."""
+    if close := getattr(running, "close", None):
+        close()
+    while True:
+        before = time.process_time()
+        time.sleep(_IDLE_S)
+        if time.process_time() - before < _IDLE_S / 10:
+            return
 
 
 def decoding(files: Sequence[bytes], batch: int, threads: int) -> Stream:
@@ -79,7 +92,7 @@ def decoding(files: Sequence[bytes], batch: int, threads: int) -> Stream:
     return stream
 
 
-def ffcv(path: Path, batch: int, size: int, threads: int) -> Stream:
+def ffcv(path: Path, batch: int, size: int, threads: int) -> dict[str, Stream]:
     """FFCV's own Loader, two random crops of an image in uint8 [N, S, S, 3] each, in random order, pages cached."""
     fields, loaders = import_module("ffcv.fields.rgb_image"), import_module("ffcv.loader")
     specs = import_module("ffcv.pipeline.pipeline_spec")
@@ -88,41 +101,46 @@ def ffcv(path: Path, batch: int, size: int, threads: int) -> Stream:
         decoder = fields.RandomResizedCropRGBImageDecoder((size, size), SCALE, RATIO)
         return specs.PipelineSpec("image", decoder=decoder, transforms=[])
 
-    torch_threads = torch.get_num_threads()  # FFCV sets them to its own
-    loader = loaders.Loader(
-        str(path),
-        batch_size=batch,
-        num_workers=threads,
-        os_cache=True,
-        order=loaders.OrderOption.RANDOM,
-        pipelines={"image": None, "label": None, "view0": crop(), "view1": crop()},
-        drop_last=True,
-        batches_ahead=_AHEAD,
-        seed=0,
-    )
-    torch.set_num_threads(torch_threads)
-    _KEPT.append(loader)
-    return lambda: iter(loader)
+    def build(ahead: int) -> Stream:
+        torch_threads = torch.get_num_threads()  # FFCV sets them to its own
+        loader = loaders.Loader(
+            str(path),
+            batch_size=batch,
+            num_workers=threads,
+            os_cache=True,
+            order=loaders.OrderOption.RANDOM,
+            pipelines={"image": None, "label": None, "view0": crop(), "view1": crop()},
+            drop_last=True,
+            batches_ahead=ahead,
+            seed=0,
+        )
+        torch.set_num_threads(torch_threads)
+        _KEPT.append(loader)
+        return lambda: iter(loader)
+
+    return {f"{ahead} batches ahead": build(ahead) for ahead in (1, _AHEAD)}
 
 
 def dali(files: Sequence[str], batch: int, size: int, threads: int) -> dict[str, Stream]:
-    """DALI on the CPU, two random crops of an image in uint8: one decode for both, or DALI's fused decode and crop."""
+    """DALI on the CPU, two random crops of an image in uint8: one decode for both, or DALI's fused decode and crop.
+
+    Also with its faster inverse transform, which changes pixels, and without antialiasing.
+    """
     fn, types = import_module("nvidia.dali.fn"), import_module("nvidia.dali.types")
     pipeline: Any = import_module("nvidia.dali").Pipeline
     window = {"random_area": list(SCALE), "random_aspect_ratio": list(RATIO)}
 
-    def build(fused: bool, depth: int) -> Stream:
+    def build(fused: bool, depth: int, fast: bool, antialias: bool) -> Stream:
         pipe = pipeline(batch_size=batch, num_threads=threads, device_id=None, prefetch_queue_depth=depth, seed=0)
+        kind = {"output_type": types.RGB, "use_fast_idct": fast}
         with pipe:
             data, _ = fn.readers.file(files=list(files), random_shuffle=True, initial_fill=len(files))
             if fused:
-                crops = [
-                    fn.decoders.image_random_crop(data, device="cpu", output_type=types.RGB, **window) for _ in "12"
-                ]
-                views = [fn.resize(crop, size=[size, size], interp_type=types.INTERP_LINEAR) for crop in crops]
+                crops = [fn.decoders.image_random_crop(data, **kind, **window) for _ in "12"]
+                views = [fn.resize(crop, size=[size, size], antialias=antialias) for crop in crops]
             else:
-                whole = fn.decoders.image(data, output_type=types.RGB, adjust_orientation=False)
-                views = [fn.random_resized_crop(whole, size=[size, size], **window) for _ in "12"]
+                whole = fn.decoders.image(data, adjust_orientation=False, **kind)
+                views = [fn.random_resized_crop(whole, size=[size, size], antialias=antialias, **window) for _ in "12"]
             pipe.set_outputs(*views)
         pipe.build()
 
@@ -132,22 +150,29 @@ def dali(files: Sequence[str], batch: int, size: int, threads: int) -> dict[str,
 
         return stream
 
-    return {
-        f"{'fused decode and crop' if fused else 'one decode'}, depth {depth}": build(fused, depth)
-        for fused, depth in itertools.product((False, True), (2, 4))
+    settings = {
+        "one decode": (False, 2, False, True),
+        "one decode, depth 4": (False, 4, False, True),
+        "one decode, fast idct": (False, 2, True, True),
+        "one decode, not antialiased": (False, 2, False, False),
+        "one decode, fast idct, not antialiased": (False, 2, True, False),
+        "fused decode and crop": (True, 2, False, True),
     }
+    return {name: build(*setting) for name, setting in settings.items()}
 
 
 def torch_loader(files: Files, batch: int, batches: int, workers: int, runtime: Runtime) -> Stream:
-    """torch's DataLoader in random order over `files`, a pass of `batches` batches."""
-    loader = data_loader(files, batch, batches, workers, runtime)
-    return lambda: iter(loader)
+    """torch's DataLoader in random order over `files`, a pass of `batches` batches; its workers end with the pass."""
+
+    def stream() -> Iterator[Any]:
+        yield from data_loader(files, batch, batches, workers, runtime, persistent=False)
+
+    return stream
 
 
-def crop_twice(size: int, *first: Any) -> TwoViews:
-    """torchvision's crops alone, two of [S, S] as float tensors; `first` makes tensors of pictures."""
-    crop, scaled = v2.RandomResizedCrop(size, antialias=True), v2.ToDtype(torch.float32, scale=True)
-    return TwoViews(v2.Compose([crop, *first, scaled]))
+def crop_twice(size: int, *then: Any) -> TwoViews:
+    """torchvision's crops alone, two of uint8 [3, S, S]; `then` makes tensors of pictures."""
+    return TwoViews(v2.Compose([v2.RandomResizedCrop(size, antialias=True), *then]))
 
 
 def full_views(size: int) -> TwoViews:

@@ -47,13 +47,22 @@ class DeviceRoom:
         """Where each of `images`, of which there is one at least, begins, in bytes."""
         flat = np.concatenate([pixels.reshape(-1) for pixels in images])
         if self._used + flat.size > self._buffer.numel():
-            larger = self._buffer.new_empty(self._used + flat.size + self._buffer.numel() // 4)
+            larger = self._larger(self._used + flat.size + self._buffer.numel() // 16)
             larger[: self._used] = self._buffer[: self._used]  # no more, for pages never written take no memory
             self._buffer = larger
         self._buffer[self._used : self._used + flat.size].copy_(torch.from_numpy(flat))
         ends = self._used + np.cumsum([pixels.size for pixels in images])
         self._used += flat.size
         return [int(end) - pixels.size for end, pixels in zip(ends, images, strict=True)]
+
+    def _larger(self, count: int) -> Tensor:
+        try:
+            return self._buffer.new_empty(count)
+        except RuntimeError as error:  # of any device's allocator
+            raise DataError(
+                f"the decoded images take more than the {self._buffer.numel()} bytes estimated, and {count} bytes more"
+                f" are not free on {self._buffer.device}; lower data.resident_gib, or set data.loader=native"
+            ) from error
 
     def filled(self) -> Tensor:
         """uint8 [bytes], all that was put in."""
@@ -108,7 +117,13 @@ class HostRoom:
         # Written as to a file: it grows as needed, and an error comes where a store to mapped memory would kill.
         rest, position = pixels.data.cast("B"), start
         while rest:
-            count = os.pwrite(self._file, rest, position)
+            try:
+                count = os.pwrite(self._file, rest, position)
+            except OSError as error:
+                raise DataError(
+                    f"the decoded images need more memory than this machine has free ({error.strerror});"
+                    " lower data.resident_gib, or set data.loader=native"
+                ) from error
             rest, position = rest[count:], position + count
         self._used += pixels.size
         return start

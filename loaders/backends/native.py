@@ -114,13 +114,15 @@ class _Opening:
         """One for each row; in evaluation none for a row whose image is damaged."""
         if self._sizes is None:
             return [head for task in self._tasks for head in task.result()]
-        if not self.job.reader.bad:
-            sizes = self._sizes[self.ids].tolist()
-            return [
-                Head(row=row, owner=owner, data=None, size=(height, width))
-                for row, (owner, (height, width)) in enumerate(zip(self.ids.tolist(), sizes, strict=True))
-            ]
-        return self._open(0, len(self.ids))  # rare: some are damaged, so that others stand in or rows fall away
+        heads, bad = list[Head](), self.job.reader.bad
+        for row, (owner, (height, width)) in enumerate(
+            zip(self.ids.tolist(), self._sizes[self.ids].tolist(), strict=True)
+        ):
+            if owner in bad:  # another stands in, or the row falls away
+                heads += self._open(row, row + 1)
+            else:
+                heads.append(Head(row=row, owner=owner, data=None, size=(height, width)))
+        return heads
 
     def _open(self, start: int, stop: int) -> list[Head]:
         heads = []

@@ -201,13 +201,14 @@ class Place:
         mine: tuple[Tensor, Tensor] | None = None
         failure: Exception | None = None
         threads = thread_count(self.config.threads)
-        if self.parts == 1:
+        if self.peers.world == 1:
             return [decode_into(room, reader, part, threads, progress)], reader.bad
         try:
             mine = decode_into(room, reader, part, threads, progress)
         except Exception as error:  # raised below: the others wait for this rank, and are to hear of it
             failure = error
-        said = self.peers.gather((mine, reader.bad, None if failure is None else str(failure)))
+        told = mine if self.parts > 1 else None  # where each holds all, its own table does
+        said = self.peers.gather((told, reader.bad, None if failure is None else str(failure)))
         bad = {index: reason for _, some, _ in said for index, reason in some.items()}
         if len(bad) > self.config.max_bad_fraction * len(self.source):
             raise too_many_damaged(self.source.name, len(self.source), bad, self.config.max_bad_fraction)
@@ -216,6 +217,9 @@ class Place:
         for rank, (_, _, text) in enumerate(said):
             if text is not None:
                 raise DataError(f"rank {rank}, while decoding {self.source.name}: {text}")
+        if self.parts == 1:
+            assert mine is not None  # or there is a failure
+            return [mine], bad
         first = self.peers.rank - self.peers.rank % self.parts
         return [table for table, _, _ in said[first : first + self.parts] if table is not None], bad
 

@@ -90,7 +90,11 @@ class BetonSource:
             self._check(index, pixels.data)
             return pixels
         data = _FILE.take(length).data
-        if (found := os.preadv(self._handle.number, [data], start)) < length:
+        try:
+            found = os.preadv(self._handle.number, [data], start)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.describe(index)) from error
+        if found < length:
             raise OSError(f"{self.describe(index)}: {self.path} ended after {found} of {length} bytes; {REMEDY}")
         self._check(index, data)
         return data
