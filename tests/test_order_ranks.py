@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -98,3 +99,48 @@ def alone(ranks: Ranks) -> str:
 
 def test_one_process_just_works(ranks_pool: Pool) -> None:
     assert ranks_pool(1, alone) == ["made"]
+
+
+def test_a_failure_while_ranks_speak_reaches_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One fails after it has said in an exchange that all is well, and before that exchange ends."""
+    monkeypatch.setattr("fastsimclr.ranks.WORK_S", 0.05)
+    meeting, said = threading.Barrier(2, timeout=5), [None, None]
+    speaking, failed, exchanges = threading.Event(), threading.Event(), 0
+
+    class Two:
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def gather(self, value: Any) -> list[Any]:
+            nonlocal exchanges
+            said[self.rank] = value
+            meeting.wait()
+            heard = list(said)
+            if self.rank == 0 and (exchanges := exchanges + 1) == 2:
+                speaking.set()
+                assert failed.wait(5)
+                time.sleep(0.2)  # until it is known beside the one who speaks
+            meeting.wait()
+            return heard
+
+    def fails() -> None:
+        assert speaking.wait(5)
+        failed.set()
+        raise OSError("the disk is full")
+
+    ended: list[BaseException | None] = [None, None]
+
+    def work(rank: int, make: Callable[[], None]) -> None:
+        try:
+            Ranks._while_at_work(Two(rank), make)  # type: ignore[arg-type]
+        except BaseException as error:
+            ended[rank] = error
+
+    threads = [
+        threading.Thread(target=work, args=(rank, make)) for rank, make in enumerate((fails, lambda: time.sleep(1)))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert [(type(error), str(error)) for error in ended] == [(OSError, "the disk is full")] * 2

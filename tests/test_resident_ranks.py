@@ -290,6 +290,34 @@ def test_all_ranks_choose_alike_by_the_one_with_the_least_memory(ranks_pool: Poo
         assert [index for _, ids in found for index in ids] == list(range(1438))
 
 
+class Unreadable(FileSource):
+    """Files of which one cannot be read on one rank."""
+
+    failing = False
+
+    def read(self, index: int) -> bytes:
+        if self.failing and index == 3:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().read(index)
+
+
+def whole_on_each(ranks: Ranks, root: Path) -> tuple[list[int], list[int], bytes]:
+    sound = files(root)
+    source = Unreadable(sound.name, root, sound.names, [0] * N, sound.labels, sound.classes)
+    source.failing = ranks.rank == 1
+    data = settings(max_bad_fraction=0.5)
+    found = Place(source=source, config=data, device=CPU, peers=ranks, parts=1, expected=100, why="").fill()
+    assert found is not None
+    pixels = [found.images.image(k).numpy().tobytes() for k in range(N)]
+    return sorted(found.bad), found.labels.tolist(), b"".join(pixels)
+
+
+def test_where_each_device_holds_all_damage_on_one_is_damage_on_all(ranks_pool: Pool, folder: Path) -> None:
+    one, other = ranks_pool(2, whole_on_each, folder)
+    assert one == other and one[0] == sorted({*BAD, 3})
+    assert one[1][3] == 4 % 3 and one[1][2] == 2
+
+
 def training(ranks: Ranks, run: Path, how: How, stop_at: int | None) -> tuple[str, dict[str, Any], int]:
     """A training of held data, and how many batches were asked of the loader; SIGTERM to the last rank at a step."""
     data, asked = settings(), 0

@@ -42,7 +42,7 @@ from fastsimclr.loaders.cut import COMPILED
 from fastsimclr.loaders.decode import decode
 from fastsimclr.runtime import Runtime, choose_runtime
 
-LEAD, TAIL = 4, 6  # batches before and after those that are timed
+LEAD, TAIL = 8, 6  # batches before and after those that are timed; by then all buffers have their memory
 TRIED = 6  # batches by which a baseline's best setting is chosen
 FLOOR, SHIP, CROPS = "simplejpeg, decoding only", "ours native, ship once", "ours native, 2 crops"
 FULL = "DataLoader, torchvision's whole views"

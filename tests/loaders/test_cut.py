@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,6 +135,27 @@ def test_crops_of_other_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cut_module, "_LIBRARY", SimpleNamespace(fastsimclr_cut=lambda *_: 1))
     with pytest.raises(MemoryError, match="5 x 6 pixels"):
         cut(tall, (0, 0, 5, 6), out)
+
+
+def test_a_library_of_other_sources_is_not_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cut_module, "__file__", str(tmp_path / "cut.py"))
+    assert cut_module._compiled() is None and not caplog.records
+    (tmp_path / f"_cut{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+    assert cut_module._compiled() is None and "install again" in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setattr(cut_module, "VERSION", cut_module.VERSION + 1)
+    assert cut_module._compiled() is None
+
+
+def test_memory_for_reading_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, out = smooth(60, 60, 0), np.zeros((2, 20, 20, 3), dtype=np.uint8)
+    pixels.setflags(write=False)
+    cut(pixels, (1, 2, 50, 40), out[0])
+    monkeypatch.setattr(cut_module, "_LIBRARY", None)
+    cut(pixels, (1, 2, 50, 40), out[1])  # torch would warn
+    assert np.abs(out[0].astype(int) - out[1]).max() <= 1
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastsimclr.loaders import faults as faults_module
 from fastsimclr.loaders.backends import dali as dali_module
 from fastsimclr.loaders.backends.resident import hold
+from fastsimclr.loaders.beton.reader import BetonSource
+from fastsimclr.loaders.beton.writer import BetonWriter
 from fastsimclr.loaders.data import DataConfig, LoaderName
 from fastsimclr.loaders.draw import Policy
 from fastsimclr.loaders.loader import EvalLoader, Loader, TrainLoader
@@ -28,6 +32,7 @@ from tests.loaders.mutate import (
     make_files,
     make_packed,
     make_shards,
+    smooth,
 )
 
 DALI = pytest.param("dali", marks=pytest.mark.needs("nvidia.dali"))
@@ -72,6 +77,31 @@ def test_damage_in_a_beton_is_named_counted_and_replaced(
 @pytest.mark.parametrize("loader", ["native", DALI])
 def test_damage_is_left_out_of_a_packed_file(mutated: FileSource, tmp_path: Path, loader: LoaderName) -> None:
     assert check(make_packed(tmp_path / "packed.beton", mutated), loader) == 0
+
+
+@pytest.mark.parametrize("crops", [False, True])
+def test_a_beton_whose_table_is_wrong_names_what_is_wrong(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, crops: bool
+) -> None:
+    writer = BetonWriter(tmp_path / "x.beton", 5, 2**21)
+    blobs = []
+    for k, kind in enumerate(("JPEG", "PNG", "JPEG", "JPEG")):
+        file = io.BytesIO()
+        Image.fromarray(smooth(90, 90, k)).save(file, kind)
+        blobs.append(file.getvalue())
+    for row, (blob, side) in enumerate(zip([*blobs, b"no image"], (90, 60, 60, 95, 90), strict=True)):
+        writer.add(row, blob, side, side, False)
+    writer.finish(np.zeros(5))
+    writer.close()
+    data = DataConfig(threads=1, loader="native", max_bad_fraction=0.9)
+    loader = TrainLoader(BetonSource(tmp_path / "x.beton"), data, batch=5, seed=0, stop=2)
+    if crops:
+        loader.cut(POLICY, 0, 2)
+    assert [len(batch) for batch in loader] == [5, 5]
+    more = "has 90 x 90 pixels, more than its header or table said; pack it anew"
+    assert sorted(loader.bad) == [1, 2, 3, 4] and more in loader.bad[1] and more in loader.bad[2]
+    assert "has (90, 90) pixels, (95, 95) by its header or table; pack it anew" in loader.bad[3]
+    assert "x.beton[4] is not an image" in loader.bad[4] and "begins b'no image'" in loader.bad[4]
 
 
 @pytest.fixture
