@@ -28,7 +28,7 @@ clean:
 	rm -rf build dist *.egg-info loaders/_cut*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find fastsimclr loaders kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): pyproject.toml setup.py loaders/cut.c
+$(STAMP): pyproject.toml setup.py loaders/cut.c loaders/jpeg.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	  || { echo "make: $(PYTHON) is missing or older than 3.11; name another: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \

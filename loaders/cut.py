@@ -8,51 +8,22 @@ Without a C compiler at its installation torch's own operator does it (within 1 
 
 from __future__ import annotations
 
-import ctypes
-import importlib.machinery
-import logging
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from fastsimclr.loaders.compiled import LIBRARY
 from fastsimclr.loaders.draw import Policy, ViewParams, draw
 
 Ints = npt.NDArray[np.int64]
-LOG = logging.getLogger("fastsimclr")
 Pixels = npt.NDArray[np.uint8]
 Sizes = npt.NDArray[np.int32]
 
-VERSION = 1  # as in cut.c: what its functions take
 MOST = 32
 """Largest reduction that cut.c's 16 bits hold."""
-
-
-def _compiled() -> Any:
-    """cut.c as setup.py compiles it, or None. A CDLL's functions run without the interpreter's lock."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        if (path := Path(__file__).with_name(f"_cut{suffix}")).is_file():
-            try:
-                library = ctypes.CDLL(str(path))
-                current = library.fastsimclr_cut_version() == VERSION
-            except (OSError, AttributeError):
-                current = False
-            if not current:
-                LOG.warning("%s was compiled elsewhere or from other sources, torch cuts crops; install again", path)
-                return None
-            pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-            library.fastsimclr_cut.argtypes = [pointer, long, number, number, number, pointer]
-            library.fastsimclr_cut_many.argtypes = [pointer, number, number, long, *[pointer] * 3, number, pointer]
-            return library
-    return None
-
-
-_LIBRARY = _compiled()
-COMPILED = _LIBRARY is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +49,8 @@ def cut(pixels: Pixels, box: tuple[int, int, int, int], out: Pixels) -> None:
     pitch, *steps = pixels.strides
     if not (0 <= top < top + height <= pixels.shape[0] and 0 <= left < left + width <= pixels.shape[1]):
         raise ValueError(f"box={box} must lie in an image of {pixels.shape[:2]} pixels")
-    if _LIBRARY is not None and max(height, width) <= MOST * size and steps == [3, 1] and out.flags.c_contiguous:
-        if _LIBRARY.fastsimclr_cut(
+    if LIBRARY is not None and max(height, width) <= MOST * size and steps == [3, 1] and out.flags.c_contiguous:
+        if LIBRARY.fastsimclr_cut(
             pixels.ctypes.data + top * pitch + 3 * left, pitch, height, width, size, out.ctypes.data
         ):
             raise MemoryError(f"no memory to cut {height} x {width} pixels")
@@ -102,7 +73,7 @@ def cut_many(memory: Pixels, starts: Ints, sizes: Sizes, boxes: Sizes, out: Pixe
     inside = (windows[..., :2] >= 0).all() and (windows[..., 2:] > 0).all() and (ends <= shapes).all()
     if not inside or (some < 0).any() or (some + 3 * shapes.prod(axis=1) > len(memory)).any():
         raise ValueError(f"rows {rows.start} to {rows.stop} of {n}: an image or a box lies outside of its memory")
-    if _LIBRARY is None or windows[..., 2:].max(initial=0) > MOST * size:
+    if LIBRARY is None or windows[..., 2:].max(initial=0) > MOST * size:
         for k in range(*rows.indices(n)):
             height, width = sizes[k].tolist()
             image = memory[starts[k] : starts[k] + 3 * height * width].reshape(height, width, 3)
@@ -112,7 +83,7 @@ def cut_many(memory: Pixels, starts: Ints, sizes: Sizes, boxes: Sizes, out: Pixe
     first, count = rows.start, len(some)
     widths = np.ascontiguousarray(sizes[rows, 1])
     arrays = (some.ctypes.data, widths.ctypes.data, boxes[:, first:].ctypes.data)
-    if _LIBRARY.fastsimclr_cut_many(memory.ctypes.data, count, views, n, *arrays, size, out[:, first:].ctypes.data):
+    if LIBRARY.fastsimclr_cut_many(memory.ctypes.data, count, views, n, *arrays, size, out[:, first:].ctypes.data):
         raise MemoryError(f"no memory to cut {count} images")
 
 

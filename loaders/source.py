@@ -22,7 +22,8 @@ class Source(Protocol):
     A source may know more, which is used where it is there. pixel_sizes: int32 [n, 2], height and width. verified:
     every image is known to decode. blocks: int64 [b + 1], the first id of each run of images that lie together, and n,
     for a quasi-random order. whole_fits: false where not all blocks can be at hand at once. expect(ids): what is next.
-    borrow(index): `read` into memory of the calling thread's own, which its next call overwrites.
+    borrow(index): `read` into memory of the calling thread's own, which its next call overwrites. spans(ids): where
+    in an open file the JPEGs `ids` lie (fastsimclr.loaders.turbo).
     """
 
     @property

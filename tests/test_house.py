@@ -110,8 +110,8 @@ def test_install_holds_the_whole_package(checkout: Path, tmp_path: Path, hook: s
     code = (
         f"import shutil, site, sys; site.addsitedir({str(tmp_path / 'site')!r})\n"
         f"sys.path.append({sysconfig.get_path('purelib')!r})\n"
-        "import fastsimclr.loaders.cut, fastsimclr.kernels\n"
-        "assert fastsimclr.loaders.cut.COMPILED or not shutil.which('cc')\n"
+        "import fastsimclr.loaders.compiled, fastsimclr.loaders.cut, fastsimclr.kernels\n"
+        "assert fastsimclr.loaders.compiled.COMPILED or not shutil.which('cc')\n"
         "print(fastsimclr.__file__, fastsimclr.loaders.cut.__file__, fastsimclr.kernels.__file__, sep='\\n')"
     )
     result = python(code, tmp_path / "elsewhere", "-S")

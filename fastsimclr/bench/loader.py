@@ -38,7 +38,7 @@ from fastsimclr.loaders import (
     pack,
     thread_count,
 )
-from fastsimclr.loaders.cut import COMPILED
+from fastsimclr.loaders.compiled import COMPILED, TURBO_JPEG
 from fastsimclr.loaders.decode import decode
 from fastsimclr.runtime import Runtime, choose_runtime
 
@@ -94,6 +94,7 @@ def bench_loader(config: LoaderBench) -> Report:
         checks: dict[str, Any] = {
             "images": what,
             "our crops are cut by": "cut.c" if COMPILED else "torch; with a C compiler, install again",
+            "our JPEGs are decoded by": "libturbojpeg" if TURBO_JPEG else "simplejpeg; with libturbojpeg0, faster",
         }
         checks["decoded pixels, mean |ours - PIL| of 255"] = _pixel_distance(source)
         rows = measure(entries.found, config.rounds, runtime.device)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastsimclr.loaders import turbo
 from fastsimclr.loaders.batch import Batch, Ragged, offsets_of
 from fastsimclr.loaders.cut import Crops, as_cut, cut
 from fastsimclr.loaders.data import DataConfig
@@ -155,7 +156,8 @@ class _Decoding:
             self._offsets = offsets_of(torch.from_numpy(self._sizes))
             total = int(3 * self._sizes.prod(axis=1, dtype=np.int64).sum())
             self._buffer = opening.buffers.take(total, self._job.pin)
-            self._flat, self._starts = self._buffer.numpy(), [*self._offsets.tolist(), total]
+            self._flat, self._places = self._buffer.numpy(), self._offsets.numpy()
+            self._starts = [*self._offsets.tolist(), total]
         self._tasks = chunks(opening.pool, self._job, n, self._decode)
 
     def finish(self) -> Batch:
@@ -208,7 +210,7 @@ class _Decoding:
     def _decode(self, start: int, stop: int) -> list[int]:
         """Decodes rows start .. stop - 1 of those kept; the rows whose images turned out damaged."""
         damaged = []
-        for k in range(start, stop):
+        for k in self._left(start, stop):
             head = self._heads[k]
             room = None if self._job.crops else self._flat[self._starts[k] : self._starts[k + 1]]
             pixels = self._job.reader.decode(head.owner, head.data, head.size, room)
@@ -217,6 +219,26 @@ class _Decoding:
             elif self._job.crops is not None:
                 self._cut(pixels, k, self._boxes[:, k : k + 1])
         return damaged
+
+    def _left(self, start: int, stop: int) -> Iterable[int]:
+        """Those of rows start .. stop - 1 that are not decoded in one call as a run of plain JPEGs."""
+        rows = slice(start, stop)
+        files = self._files(rows) if turbo.AVAILABLE else None
+        if files is None:
+            return range(start, stop)
+        sizes, limit = self._sizes[rows], self._job.reader.max_pixels
+        if self._job.crops is None:
+            left = turbo.decode_run(files, sizes, limit, self._flat, self._places[rows])
+        else:
+            left = turbo.crop_run(files, sizes, limit, self._cuts, self._boxes, rows)
+        return [start + k for k in left]
+
+    def _files(self, rows: slice) -> turbo.Spans | list[bytes] | None:
+        spans: Callable[[Ints], turbo.Spans | None] | None = getattr(self._job.source, "spans", None)
+        if spans is not None and (found := spans(self._owners[rows])) is not None:
+            return found
+        data = [head.data for head in self._heads[rows] if isinstance(head.data, bytes)]
+        return data if len(data) == rows.stop - rows.start else None
 
     def _cut(self, pixels: Pixels, k: int, boxes_V14: npt.NDArray[np.int32]) -> None:
         for view, (box,) in enumerate(boxes_V14.tolist()):

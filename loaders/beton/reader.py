@@ -21,6 +21,7 @@ from fastsimclr.loaders.beton.tables import REMEDY, read_tables
 from fastsimclr.loaders.scratch import Scratch
 from fastsimclr.loaders.sets.lists import some
 from fastsimclr.loaders.source import DataError
+from fastsimclr.loaders.turbo import Spans
 
 Ints = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
@@ -98,6 +99,16 @@ class BetonSource:
             raise OSError(f"{self.describe(index)}: {self.path} ended after {found} of {length} bytes; {REMEDY}")
         self._check(index, data)
         return data
+
+    def spans(self, ids: npt.ArrayLike) -> Spans | None:
+        """Where the JPEGs `ids` lie, but for those whose checksum is still to be checked; None where none is left."""
+        index = np.asarray(ids, dtype=np.int64)
+        alone = self.raw[index] if self._unchecked is None else self.raw[index] | self._unchecked[index]
+        if alone.all():
+            return None
+        return Spans(
+            file=self._handle.number, starts=self.starts[index], lengths=np.where(alone, 0, self.lengths[index])
+        )
 
     def expect(self, ids: npt.ArrayLike) -> None:
         """Have the system read ahead the pages of images `ids`, which in a quasi-random order come next as a whole."""

@@ -14,13 +14,14 @@ import numpy.typing as npt
 from fastsimclr.loaders.order import subset_blocks
 from fastsimclr.loaders.philox import philox4x32
 from fastsimclr.loaders.source import DataError, Source
+from fastsimclr.loaders.turbo import Spans
 
 Ints = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
 
 
 # What some sources know beyond `Source`; see those for what each means.
-_OPTIONAL = ("pixel_sizes", "blocks", "verified", "whole_fits", "expect", "borrow")
+_OPTIONAL = ("pixel_sizes", "blocks", "verified", "whole_fits", "expect", "borrow", "spans")
 
 
 def _frozen(values: npt.ArrayLike) -> Ints:
@@ -180,6 +181,11 @@ class Subset:
     def borrow(self, index: int) -> bytes | memoryview | Pixels:
         """`read`, but perhaps into memory that the thread's next call overwrites."""
         return self._borrow(int(self.indices[index]))
+
+    def spans(self, ids: npt.ArrayLike) -> Spans | None:
+        """Where the JPEGs `ids` lie in an open file, where the base has such."""
+        spans: Callable[[Ints], Spans | None] | None = getattr(self.base, "spans", None)
+        return spans(self.indices[np.asarray(ids, dtype=np.int64)]) if spans else None
 
     @cached_property
     def _borrow(self) -> Callable[[int], bytes | memoryview | Pixels]:

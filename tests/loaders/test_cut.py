@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
+from fastsimclr.loaders import compiled as compiled_module
 from fastsimclr.loaders import cut as cut_module
 from fastsimclr.loaders.backends.native import Buffers
 from fastsimclr.loaders.backends.resident import hold
-from fastsimclr.loaders.cut import COMPILED, cut, cut_many
+from fastsimclr.loaders.compiled import COMPILED
+from fastsimclr.loaders.cut import cut, cut_many
 from fastsimclr.loaders.data import DataConfig
 from fastsimclr.loaders.draw import Policy, draw
 from fastsimclr.loaders.loader import EvalLoader, TrainLoader
@@ -108,7 +110,7 @@ def test_a_crop_is_torchvisions_within_rounding(
     box: list[int], size: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
-        monkeypatch.setattr(cut_module, "_LIBRARY", None)
+        monkeypatch.setattr(cut_module, "LIBRARY", None)
     noise = np.random.default_rng(0).integers(0, 256, (110, 130, 3), dtype=np.uint8)
     part = np.random.default_rng(1).integers(0, 256, (150, 140, 3), dtype=np.uint8)[20:130, 7:137]
     for pixels in (smooth(110, 130, 0), noise, np.full_like(noise, 255), part):
@@ -132,7 +134,7 @@ def test_crops_of_other_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for box in ((-1, 0, 5, 5), (0, -1, 5, 5), (690, 0, 11, 5), (0, 38, 5, 3)):
         with pytest.raises(ValueError, match=r"must lie in an image of \(700, 40\)"):
             cut(tall, box, out)
-    monkeypatch.setattr(cut_module, "_LIBRARY", SimpleNamespace(fastsimclr_cut=lambda *_: 1))
+    monkeypatch.setattr(cut_module, "LIBRARY", SimpleNamespace(fastsimclr_cut=lambda *_: 1))
     with pytest.raises(MemoryError, match="5 x 6 pixels"):
         cut(tall, (0, 0, 5, 6), out)
 
@@ -140,20 +142,20 @@ def test_crops_of_other_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_library_of_other_sources_is_not_called(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cut_module, "__file__", str(tmp_path / "cut.py"))
-    assert cut_module._compiled() is None and not caplog.records
+    monkeypatch.setattr(compiled_module, "__file__", str(tmp_path / "compiled.py"))
+    assert compiled_module._compiled() is None and not caplog.records
     (tmp_path / f"_cut{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
-    assert cut_module._compiled() is None and "install again" in caplog.text
+    assert compiled_module._compiled() is None and "install again" in caplog.text
     monkeypatch.undo()
-    monkeypatch.setattr(cut_module, "VERSION", cut_module.VERSION + 1)
-    assert cut_module._compiled() is None
+    monkeypatch.setattr(compiled_module, "VERSION", compiled_module.VERSION + 1)
+    assert compiled_module._compiled() is None
 
 
 def test_memory_for_reading_only(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels, out = smooth(60, 60, 0), np.zeros((2, 20, 20, 3), dtype=np.uint8)
     pixels.setflags(write=False)
     cut(pixels, (1, 2, 50, 40), out[0])
-    monkeypatch.setattr(cut_module, "_LIBRARY", None)
+    monkeypatch.setattr(cut_module, "LIBRARY", None)
     cut(pixels, (1, 2, 50, 40), out[1])  # torch would warn
     assert np.abs(out[0].astype(int) - out[1]).max() <= 1
 
@@ -161,7 +163,7 @@ def test_memory_for_reading_only(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("compiled", [True, False])
 def test_many_crops_are_those_of_single_ones(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiled:
-        monkeypatch.setattr(cut_module, "_LIBRARY", None)
+        monkeypatch.setattr(cut_module, "LIBRARY", None)
     generator = np.random.default_rng(2)
     sizes = generator.integers(8, 60, (9, 2)).astype(np.int32)
     ends = 5 + np.cumsum(3 * sizes.prod(axis=1, dtype=np.int64))

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from fastsimclr.loaders import faults as faults_module
+from fastsimclr.loaders import turbo
 from fastsimclr.loaders.backends import dali as dali_module
 from fastsimclr.loaders.backends.resident import hold
 from fastsimclr.loaders.beton.reader import BetonSource
@@ -235,6 +236,7 @@ def test_memory_that_is_short_while_decoding_names_the_image(
         return really(data, what, *rest)
 
     monkeypatch.setattr(faults_module, "decode", short)
+    monkeypatch.setattr(turbo, "AVAILABLE", False)
     with pytest.raises(RuntimeError, match=r"/17\.jpg could not be read or decoded.* free memory, or lower"):
         everything(files, loader)
     assert_no_threads()
