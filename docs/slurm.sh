@@ -22,6 +22,9 @@ torchrun --help 2>/dev/null | grep -q -- --shutdown_timeout && grace=(--shutdown
 again=()
 case "${1:-}" in run | demo | bench | "") ;; *) again=(--resume auto) ;; esac
 
+# srun does not take it from sbatch since SLURM 22.05
+[[ -n "${SLURM_CPUS_PER_TASK:-}" ]] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+
 stopping=0
 stop() {
   stopping=1

@@ -47,9 +47,10 @@ _COMMANDS = {
     "inspect": "What a .beton file holds; a contact sheet; a check of every image.",
     "index": "The index.json of WebDataset shards, by which a run starts without reading them all.",
     "bench": "Measure loader, step or training beside a baseline; compare two reports.",
+    "plan": "Predicted speed, hours and memory of a recipe on GPUs that are not here.",
 }
 # Without a recipe, and in one process.
-_TOOLS = ("import-tf", "export", "embed", "predict", "pack", "inspect", "index", "bench")
+_TOOLS = ("import-tf", "export", "embed", "predict", "pack", "inspect", "index", "bench", "plan")
 
 
 class _Parser(ArgumentParser):
@@ -99,6 +100,10 @@ def _tool(name: str) -> tuple[Callable[[ArgumentParser], None], Callable[[Namesp
         from fastsimclr.bench.command import add_benches, run_bench
 
         return lambda parser: add_benches(parser, _Parser), run_bench
+    if name == "plan":
+        from fastsimclr.planning.command import add_plan, run_plan
+
+        return add_plan, run_plan
     if name in ("pack", "inspect", "index"):
         from fastsimclr.packing.command import add_packing, run_packing
 

@@ -10,11 +10,12 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,8 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store
 from torch.distributed.rendezvous import rendezvous
 
 from fastsimclr.ranks import Ranks
+
+T = TypeVar("T")
 
 BEAT_S = 1.0  # between two signs of life of a rank
 SILENT_S = 4.0  # without one, a rank counts as gone
@@ -89,6 +92,8 @@ class Launch:
         if dist.is_initialized():
             dist.destroy_process_group()
         if _watch is not None:  # last, for the rest may hang where another rank has failed
+            if _watch.failed and self.ranks.first and not _agent_keeps_the_store():
+                time.sleep(2 * BEAT_S)  # the others look into this process's store for the reason
             _watch.stop()
             _watch = None
 
@@ -102,21 +107,39 @@ class Launch:
             return text
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun stops all ranks of a machine when one has failed
         mine = self.ranks.rank
-        store, text = PrefixStore("watch", self.store), f"rank {mine} of {self.ranks.world}, {self.host}: {text}"
+        text = f"rank {mine} of {self.ranks.world}, {self.host}: {text}"
+        said = None
+        if _watch is not None:
+            _watch.failed, said = True, _watch.heard
         try:
-            said = _wait_for_failure(store) if _is_echo(error) else None
-            if said is None:
-                if _is_echo(error):
-                    text = self._suspects(store) or f"{text} (every rank lives, none is behind; see trainer.timeout_s)"
-                own = json.dumps([mine, self.host, text])
-                said = store.compare_set("failed", "", own).decode()
-        except (RuntimeError, OSError):  # the store is gone, with the machine that kept it
-            return text
+            said = said or _in_time(lambda: self._reason(error, text), 3 * SILENT_S)
+        except (RuntimeError, OSError):
+            return self._without_store(error, text)
         by, host, reason = json.loads(said)
         if by == mine:
-            _tell_torchrun(text)
-            return text
+            _tell_torchrun(reason)
+            return str(reason)
         return None if host == self.host or self.ranks.local_rank else f"ended, because of {reason}"
+
+    def _reason(self, error: Exception, text: str) -> str:
+        """What the first rank to fail says, as JSON of (rank, host, text); this one is first where no other was."""
+        assert self.store is not None
+        store = PrefixStore("watch", self.store)
+        said = _wait_for_failure(store) if _is_echo(error) else None
+        if said is None:
+            if _is_echo(error):
+                text = self._suspects(store) or f"{text} (every rank lives, none is behind; see trainer.timeout_s)"
+            own = json.dumps([self.ranks.rank, self.host, text])
+            said = store.compare_set("failed", "", own).decode()
+        return said
+
+    def _without_store(self, error: Exception, text: str) -> str | None:
+        """What to say where the store is gone, with what kept it: one rank of each other machine says so."""
+        if not _is_echo(error):
+            return text
+        if self.ranks.local_rank and self.ranks.rank != 1:
+            return None
+        return _lost_store()
 
     def _suspects(self, store: Store) -> str | None:
         before = _beats(store, self.ranks.world)
@@ -167,7 +190,16 @@ def launched() -> Launch:
             f"{world} ranks in all and {local_world} on this machine: every machine must run the same number;"
             " give each torchrun the same --nproc-per-node"
         )
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) if _agent_keeps_the_store() else 0
+    if restarts and world > local_world:
+        raise ValueError(
+            f"torchrun --max-restarts {restarts} over several machines needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in"
+            " the environment of every torchrun: without it ranks that start again find what the last ones left"
+        )
+    store: Store
     store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=600))))
+    if restarts:
+        store = PrefixStore(f"restart/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     ranks = Ranks(rank=rank, world=world, local_rank=local_rank, local_world=local_world)
     return Launch(ranks=ranks, store=store)
 
@@ -181,6 +213,8 @@ class _Watch(threading.Thread):
         self._launch = launch
         self._store = PrefixStore("watch", launch.store.clone())  # a client of its own: the other one may block
         self._ended = threading.Event()
+        self.heard: str | None = None  # what the first rank to fail said, as `Launch.blame` reads it
+        self.failed = False  # this rank has
 
     def stop(self) -> None:
         self._ended.set()
@@ -195,7 +229,7 @@ class _Watch(threading.Thread):
                 lost = 0
             except (RuntimeError, OSError) as error:
                 lost += 1
-                said = f"the store of the run at {os.environ.get('MASTER_ADDR')} is gone: {error}" if lost > 2 else None
+                said = f"{_lost_store()} ({error})" if lost > 2 else None
             if said is not None and not self._ended.wait(GRACE_S):
                 if self._launch.ranks.local_rank == 0:
                     print(f"error: ended, because of {said}", file=sys.stderr, flush=True)
@@ -206,8 +240,46 @@ class _Watch(threading.Thread):
         self._store.set(f"beat/{self._launch.ranks.rank}", json.dumps([number, _steps, self._launch.host]))
         if not self._store.check(["failed"]):
             return None
-        by, _, reason = json.loads(self._store.get("failed"))
-        return str(reason) if by != self._launch.ranks.rank else "an end that does not come"
+        said = self._store.get("failed").decode()
+        by, _, reason = json.loads(said)
+        if by == self._launch.ranks.rank:
+            return "an end that does not come"
+        self.heard = said
+        return str(reason)
+
+
+def _agent_keeps_the_store() -> bool:
+    """Whether torchrun holds the store of the run; else rank 0 does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _lost_store() -> str:
+    keeper = "torchrun" if _agent_keeps_the_store() else "rank 0"
+    return (
+        f"{keeper} at {os.environ.get('MASTER_ADDR')}, which keeps the store of the run, does not answer: killed,"
+        " out of memory, or its machine is gone; see its own log"
+    )
+
+
+def _in_time(ask: Callable[[], T], limit_s: float) -> T:
+    """What `ask` returns. TimeoutError where it takes longer: a store whose machine is gone may never answer."""
+    found: list[T] = []
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            found.append(ask())
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="asks", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if failures:
+        raise failures[0]
+    if not found:
+        raise TimeoutError(f"no answer in {limit_s} s")
+    return found[0]
 
 
 def _beats(store: Store, world: int) -> list[list[Any] | None]:

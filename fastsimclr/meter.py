@@ -19,14 +19,24 @@ class Meter:
     Every rank has the same number of images a step, so that the mean over the ranks is that over the global batch.
     """
 
-    def __init__(self, feed: Feed, runtime: Runtime) -> None:
-        self._feed, self._runtime = feed, runtime
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._feed: Feed | None = None
         self._restart()
+
+    def follow(self, feed: Feed) -> None:
+        """Count the waiting of another feed from now on."""
+        self._waited += self._waiting()
+        self._feed, self._before = feed, feed.waited_s
+
+    def _waiting(self) -> float:
+        return 0.0 if self._feed is None else self._feed.waited_s - self._before
 
     def _restart(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._steps = self._images = 0
-        self._since, self._waited = time.perf_counter(), self._feed.waited_s
+        self._since, self._waited = time.perf_counter(), 0.0
+        self._before = 0.0 if self._feed is None else self._feed.waited_s
 
     def add(self, images: int, values: dict[str, Tensor]) -> None:
         """One step: this rank's images, and 0-dim tensors on the device."""
@@ -51,7 +61,7 @@ class Meter:
         elapsed = time.perf_counter() - self._since
         values = dict(zip(keys, means, strict=True))
         values["images_per_s"] = round(self._images * ranks.world / elapsed, 2)
-        values["data_wait_pct"] = round(100 * (self._feed.waited_s - self._waited) / elapsed, 2)
+        values["data_wait_pct"] = round(100 * (self._waited + self._waiting()) / elapsed, 2)
         values["elapsed_s"] = elapsed
         self._restart()
         return values

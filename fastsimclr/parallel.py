@@ -9,17 +9,29 @@ from datetime import timedelta
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastsimclr.accumulate import Scale, average_gradients, backward_in_parts
 from fastsimclr.models import batch_groups, set_groups
-from fastsimclr.objectives import Objective
+from fastsimclr.objectives import Objective, Outcome
 from fastsimclr.runtime import Runtime
 
-Parallel = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+Step = Callable[[Tensor, Tensor, Scale], Outcome]
+"""(this rank's views, its labels, what scales a loss) -> the outcome; gradients of the whole batch are then there."""
 
 
-def parallel(objective: Objective, *, groups: int, runtime: Runtime, timeout_s: float) -> Parallel:
-    """(images, labels) -> (loss, metrics) of `objective`, whose BN takes statistics over `groups` parts of the batch.
+def parallel(
+    objective: Objective,
+    *,
+    groups: int,
+    runtime: Runtime,
+    timeout_s: float,
+    micro: int | None = None,
+    bucket_mb: int = 25,
+) -> Step:
+    """A step of `objective`, whose BN takes statistics over `groups` parts of what goes through the network at once.
 
     Every rank calls it, at the same place. timeout_s: how long a rank waits for the others in one exchange of BN.
+    micro: images that a rank takes through the network at once (fastsimclr.accumulate); None: all of its batch.
+    bucket_mb: gradients that DDP averages in one all-reduce.
     """
     ranks = runtime.ranks
     objective.group = ranks.group
@@ -33,22 +45,44 @@ def parallel(objective: Objective, *, groups: int, runtime: Runtime, timeout_s: 
         timeout=timedelta(seconds=timeout_s),
     )
     set_groups(objective, None if alone else parts)
-    step = _Step(objective)
-    if ranks.world == 1:
-        return step
-    with warnings.catch_warnings():  # torch 2.15 renamed the option, earlier versions do not know the new name
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        return DistributedDataParallel(
-            step,
-            device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
-            process_group=ranks.group,
-            broadcast_buffers=False,  # BN's statistics are averaged before anybody reads them
-            gradient_as_bucket_view=True,
-            static_graph=True,
-        )
+    if micro is not None:
+        return _in_parts(objective, micro, runtime)
+    network: nn.Module = _Forward(objective)
+    if ranks.world > 1:
+        with warnings.catch_warnings():  # torch 2.15 renamed the option, earlier versions do not know the new name
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            network = DistributedDataParallel(
+                network,
+                device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
+                process_group=ranks.group,
+                broadcast_buffers=False,  # BN's statistics are averaged before anybody reads them
+                gradient_as_bucket_view=True,
+                static_graph=True,
+                bucket_cap_mb=bucket_mb,
+            )
+    return _at_once(network, runtime)
 
 
-class _Step(nn.Module):
+def _at_once(network: nn.Module, runtime: Runtime) -> Step:
+    def step(images: Tensor, labels: Tensor, scale: Scale) -> Outcome:
+        with runtime.autocast():
+            loss, metrics = network(images, labels)
+        scale(loss).backward()  # type: ignore[no-untyped-call]
+        return Outcome(loss=loss.detach(), metrics=metrics)
+
+    return step
+
+
+def _in_parts(objective: Objective, micro: int, runtime: Runtime) -> Step:
+    def step(images: Tensor, labels: Tensor, scale: Scale) -> Outcome:
+        outcome = backward_in_parts(objective, images, labels, micro, scale, runtime.autocast)
+        average_gradients(objective)
+        return outcome
+
+    return step
+
+
+class _Forward(nn.Module):
     """The objective as DistributedDataParallel needs it: tensors out, in containers that torch knows."""
 
     def __init__(self, objective: Objective) -> None:

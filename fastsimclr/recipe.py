@@ -40,6 +40,9 @@ class PretrainConfig:
     """paper: mean over the 2N rows. google: the sum of both views' means, twice that, as in google-research/simclr."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.0, weight_decay=1e-4, warmup_epochs=10))
     """Optimizer and schedule."""
+    sizes: tuple[tuple[float, int], ...] = ()
+    """Progressive resolution: from [share of the steps, side in pixels] on, views of that side; [[0, 160], [0.5, 192],
+    [0.8, 224]] ends at 224. Empty: views.size throughout. Where it ends is the size that the network is measured at."""
     probe_every_epochs: int | None = None
     """Measure kNN and linear accuracy of the features every so many epochs; null: never."""
 
@@ -47,6 +50,12 @@ class PretrainConfig:
         _positive("pretrain", self, "epochs", "batch", "temperature", "probe_every_epochs")
         if self.batch < 2:
             raise ValueError(f"pretrain.batch={self.batch} leaves no negatives to contrast with; use at least 2")
+        shares = [share for share, _ in self.sizes]
+        if shares != sorted(set(shares)) or any(not 0 <= share < 1 or side < 1 for share, side in self.sizes):
+            raise ValueError(
+                f"pretrain.sizes={[list(pair) for pair in self.sizes]} must be pairs of a share of the steps, rising"
+                " from 0 or more and below 1, and a side of 1 pixel or more, as [[0, 160], [0.5, 192], [0.8, 224]]"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +267,7 @@ class Recipe:
             views=replace(self.views, size=min(self.views.size, 32)),
             model=replace(self.model, width=min(self.model.width, 0.125)),
             trainer=replace(self.trainer, log_every_steps=1),
-            pretrain=quick(self.pretrain),
+            pretrain=quick(self.pretrain, sizes=()),
             linear=quick(self.linear),
             finetune=quick(self.finetune),
             supervised=quick(self.supervised),

@@ -50,10 +50,11 @@ class Runtime:
         """The device in words, for result files."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return f"{_processor()}, {torch.get_num_threads()} threads"
+        return f"{processor()}, {torch.get_num_threads()} threads"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU in words."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():
@@ -71,8 +72,9 @@ def choose_runtime(
     """Resolve "auto" for device and precision, and join the other ranks where torchrun started several.
 
     device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:N"; of several ranks each takes the CUDA device of
-    its local rank. precision "auto": bf16 on a CUDA device, and on a CPU with bf16 matrix instructions (AMX); fp32
-    elsewhere. timeout_s: how long a rank waits for the others. ValueError for a device that this machine lacks.
+    its local rank. precision "auto": bf16 on a CUDA device and on a CPU with instructions for it (AMX or
+    AVX-512 BF16), fp32 elsewhere. timeout_s: how long a rank waits for the others.
+    ValueError for a device that this machine lacks.
     """
     launch = launched()
     if device == "auto":
@@ -94,7 +96,7 @@ def choose_runtime(
         torch.backends.cudnn.benchmark = True  # all steps of a run have the same shapes
         native_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native_bf16 = bool(torch.cpu._is_amx_tile_supported())
+        native_bf16 = bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     if precision == "auto":
         precision = "bf16" if native_bf16 else "fp32"
     ranks = launch.connect("nccl" if chosen.type == "cuda" else "gloo", timeout_s)

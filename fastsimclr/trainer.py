@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,17 +15,22 @@ import torch
 from fastsimclr import checkpoint
 from fastsimclr.feed import Feed, Shipment
 from fastsimclr.generators import rng_state, set_rng_state
+from fastsimclr.graphs import GraphedStep
+from fastsimclr.heap import freed_memory_kept
+from fastsimclr.kernels.backend import choose
 from fastsimclr.launch import step_done
 from fastsimclr.loaders import Batch, Policy
 from fastsimclr.meter import Meter, shown
-from fastsimclr.models import average_running_statistics, load_weights
+from fastsimclr.models import ResNet, average_running_statistics, load_weights, set_fused
 from fastsimclr.objectives import Objective
 from fastsimclr.optim import Schedule, set_lr
-from fastsimclr.parallel import Parallel, parallel
+from fastsimclr.parallel import Step, parallel
 from fastsimclr.ranks import Agreement, Ranks
 from fastsimclr.runlog import RunLog, logger
 from fastsimclr.runtime import Runtime
 from fastsimclr.stopping import StopFlag, Stopped
+
+NOT_FINITE = "the loss is not finite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +38,8 @@ class TrainerConfig:
     """The loop: precision, logging and checkpoints."""
 
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"
-    """Autocast precision; weights stay float32. auto: bf16 on CUDA and on CPUs with AMX, else fp32. fp16 adds a loss
+    """Autocast precision; weights stay float32. auto: bf16 on CUDA and on CPUs with
+    AMX or AVX-512 BF16, else fp32. fp16 adds a loss
     scaler: a step whose gradients overflow changes nothing. With sgd it waits for the device once a step. fp64 trains
     double weights: slow, to compare two runs exactly."""
     channels_last: bool = True
@@ -46,15 +53,38 @@ class TrainerConfig:
     bn_groups: Literal["global", "node", "rank"] | int = "node"
     """Which images of the global batch share BN statistics in training: all of them (global), those of one machine
     (node), those of one rank (rank), or that many equal parts of the batch. A resumed run keeps its number of parts."""
+    micro_batch: int | None = None
+    """Images that a rank takes through the network at once, a divisor of its share of the batch; null, or that many and
+    more: all of it. The gradient stays that of the whole batch: where the loss compares its images, for one forward
+    pass more (gradient caching). BN sees a micro-batch of all ranks instead of the batch, which bn_groups then divides.
+    """
+    checkpoint_activations: bool = False
+    """Keep what enters each residual block only, and compute the rest again in the backward pass: less memory, for a
+    third more time."""
+    compile: bool = False
+    """Compile the encoder by torch.compile, which takes a minute or more at the start. With micro_batch it does not."""
+    cuda_graph: bool = False
+    """CUDA only: replay forward and backward pass as one graph, where launching them takes longer than they do."""
+    fused_bn: bool = False
+    """CUDA only: train BN, the sum with the shortcut and ReLU by Triton kernels, where bn_groups does not cut a rank's
+    batch. Not measured on a GPU yet, so off."""
+    bucket_mb: int = 25
+    """MiB of gradients that several ranks average in one all-reduce, which runs beside the backward pass."""
     timeout_s: float = 600.0
     """Seconds that a rank waits for the others in one exchange before the run fails."""
 
     def __post_init__(self) -> None:
-        for key in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
-            if getattr(self, key) < 1:
+        for key in ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "bucket_mb", "micro_batch"):
+            if (value := getattr(self, key)) is not None and value < 1:
                 raise ValueError(f"trainer.{key}={getattr(self, key)} must be at least 1")
         if isinstance(self.bn_groups, int) and self.bn_groups < 1:
             raise ValueError(f"trainer.bn_groups={self.bn_groups} must be global, node, rank or at least 1")
+        for key in ("compile", "cuda_graph"):
+            if self.micro_batch is not None and getattr(self, key):
+                raise ValueError(
+                    f"trainer.{key}=True is for a whole batch at once, not for"
+                    f" trainer.micro_batch={self.micro_batch}; leave one of them out"
+                )
         if not 0 < self.timeout_s < math.inf:
             raise ValueError(f"trainer.timeout_s={self.timeout_s} must be greater than 0 and finite")
 
@@ -77,6 +107,7 @@ class Job:
 
     batches(start, stop): the rank's batches for those steps. batch: images a step, over all ranks.
     facts: what must be equal for a resume to be exact.
+    sizes: (share of the steps, side): from there on views are that large, instead of policy.size; rising shares.
     resume: continue from the newest checkpoint in `run`, if there is one; False refuses a folder that has one.
     """
 
@@ -94,6 +125,15 @@ class Job:
     facts: dict[str, Any]
     resume: bool
     hooks: Sequence[Hook] = ()
+    sizes: Sequence[tuple[float, int]] = ()
+
+    def spans(self, step: int) -> Iterator[tuple[int, Policy]]:
+        """The runs of steps of one size of views from `step` on: where each ends, and its policy."""
+        total = self.schedule.total_steps
+        starts = [(0, self.policy.size), *((math.ceil(share * total), size) for share, size in self.sizes)]
+        for (_, size), (stop, _) in zip(starts, [*starts[1:], (total, 0)], strict=True):
+            if step < stop:
+                yield stop, replace(self.policy, size=size)
 
 
 class Trainer:
@@ -110,37 +150,46 @@ class Trainer:
         self.step = 0
         self.trained_s = 0.0
         self.last: dict[str, float] = {}
+        self._prepare()
 
     def fit(self) -> dict[str, float]:
-        """Train to the end and return the last record. Stopped when any rank was asked to stop first (state saved)."""
+        """Train to the end and return the last record. Stopped when any rank was asked to stop first (state saved).
+
+        FloatingPointError where the loss or the weights are no longer finite.
+        """
         self._start()
-        job, config, total = self.job, self.config, self.job.schedule.total_steps
-        if self.step >= total:
+        if self.step >= self.job.schedule.total_steps:
             return self.last
-        network = self._parallel()
+        try:
+            return self._fit()
+        except RuntimeError as error:
+            if NOT_FINITE in str(error):
+                raise self._broken("the loss became nan or infinite", self.step + 1) from None
+            if "device-side assert" in str(error):
+                what = "the loss became nan or infinite, or an index was out of range (see the line with Assertion)"
+                raise self._broken(what, self.step + 1) from error
+            raise
+
+    def _fit(self) -> dict[str, float]:
+        job, total = self.job, self.job.schedule.total_steps
         log = RunLog(job.run if self.ranks.first else None, title=job.stage, total_steps=total, from_step=self.step)
         job.objective.train()
-        batches = job.batches(self.step, total)
-        with (
-            contextlib.closing(log),
-            StopFlag() as flag,
-            Feed(batches, job.policy, seed=job.seed, views=job.objective.views, runtime=self.runtime) as feed,
-        ):
-            meter, stop = Meter(feed, self.runtime), Agreement(self.ranks)
-            for shipment in feed:
-                rate = job.schedule(self.step)
-                self._train_step(network, shipment, rate, meter)
-                self.step += 1
-                step_done()
-                signum = stop.propose(flag.signum or 0)  # read once: what comes later is for the next step
-                save = signum > 0 or self.step == total or self.step % config.checkpoint_every_steps == 0
-                if save or self.step % config.log_every_steps == 0:
-                    self.last = self._read(meter, rate)
-                    log.record("train", self.step, self.last)
-                    log.progress(self.step, shown(self.last))
-                with meter.paused():
-                    self._run_hooks(log)
-                    path = self._save() if save else None
+        signum, path = 0, None
+        with contextlib.closing(log), StopFlag() as flag, _garbage_left(), freed_memory_kept(self.runtime.device):
+            stop, meter = Agreement(self.ranks), Meter(self.runtime)
+            for end, policy in job.spans(self.step):
+                batches, step = job.batches(self.step, end), self._step_of()
+                with Feed(batches, policy, seed=job.seed, views=job.objective.views, runtime=self.runtime) as feed:
+                    meter.follow(feed)
+                    for shipment in feed:
+                        rate = job.schedule(self.step)
+                        self._train_step(step, shipment, policy, rate, meter)
+                        self.step += 1
+                        step_done()
+                        signum = stop.propose(flag.signum or 0)  # read once: what comes later is for the next step
+                        path = self._between_steps(log, meter, rate, stopping=signum > 0)
+                        if signum:
+                            break
                 if signum:
                     break
             signum = stop.final(flag.signum or 0)  # which also waits for rank 0 and its file
@@ -148,10 +197,30 @@ class Trainer:
                 raise Stopped(signum, f"{job.stage}: stopped at step {self.step} of {total}, state saved in {path}")
         return self.last
 
-    def _parallel(self) -> Parallel:
-        return parallel(
-            self.job.objective, groups=self.bn_groups, runtime=self.runtime, timeout_s=self.config.timeout_s
+    def _between_steps(self, log: RunLog, meter: Meter, rate: float, *, stopping: bool) -> Path | None:
+        """What is due after a step: records, probes and checkpoints; the path of a checkpoint where one was written."""
+        config = self.config
+        save = stopping or self.step == self.job.schedule.total_steps or self.step % config.checkpoint_every_steps == 0
+        if save or self.step % config.log_every_steps == 0:
+            self.last = self._read(meter, rate)
+            log.record("train", self.step, self.last)
+            log.progress(self.step, shown(self.last))
+            gc.collect(2 if save else 1)
+        with meter.paused():
+            self._run_hooks(log)
+            return self._save() if save else None
+
+    def _step_of(self) -> Step:
+        """The step of views of one size."""
+        step = parallel(
+            self.job.objective,
+            groups=self.bn_groups,
+            runtime=self.runtime,
+            timeout_s=self.config.timeout_s,
+            micro=self.micro,
+            bucket_mb=self.config.bucket_mb,
         )
+        return GraphedStep(step, self.job.objective) if self.config.cuda_graph else step
 
     def _run_hooks(self, log: RunLog) -> None:
         for hook in self.job.hooks:
@@ -166,17 +235,18 @@ class Trainer:
         """One set of BN statistics on all ranks, before anybody reads them."""
         average_running_statistics(self.job.objective, self.ranks.group)
 
-    def _train_step(self, network: Parallel, shipment: Shipment, rate: float, meter: Meter) -> None:
-        job = self.job
-        set_lr(job.optimizer, rate)
+    def _train_step(self, step: Step, shipment: Shipment, policy: Policy, rate: float, meter: Meter) -> None:
+        optimizer = self.job.optimizer
+        set_lr(optimizer, rate)
         with self.runtime.autocast():
-            images = shipment.views(job.policy, self.runtime.view_dtype)
-            loss, metrics = network(images, shipment.labels)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        self.scaler.step(job.optimizer)
+            images = shipment.views(policy, self.runtime.view_dtype)
+        outcome = step(images, shipment.labels, self.scaler.scale)
+        if not self.scaler.is_enabled():  # which leaves a step out, and lowers its scale
+            torch._assert_async(torch.isfinite(outcome.loss), NOT_FINITE)  # on the device; nobody waits for it
+        self.scaler.step(optimizer)
         self.scaler.update()
-        job.optimizer.zero_grad(set_to_none=True)
-        meter.add(len(shipment.ids), {"loss": loss.detach(), **metrics})
+        optimizer.zero_grad(set_to_none=True)
+        meter.add(len(shipment.ids), {"loss": outcome.loss, **outcome.metrics})
 
     def _read(self, meter: Meter, rate: float) -> dict[str, float]:
         values = meter.read()
@@ -187,12 +257,44 @@ class Trainer:
         for name, value in broken.items():
             if math.isfinite(value):
                 continue
-            raise FloatingPointError(
-                f"{self.job.stage}: the {name} became {value} by step {self.step} (learning rate {rate:.4g});"
-                " no checkpoint of it was written. Lower the learning rate or lengthen the warm-up, and start in"
-                f" another --out, or go on from {checkpoint.folder(self.job.run)} with the stage's --resume auto"
-            )
+            raise self._broken(f"the {name} became {value}", self.step)
         return {**values, "learning_rate": rate, "trained_s": round(self.trained_s, 3)}
+
+    def _broken(self, what: str, step: int) -> FloatingPointError:
+        return FloatingPointError(
+            f"{self.job.stage}: {what} by step {step} (learning rate {self.job.schedule(step - 1):.4g});"
+            " no checkpoint of it was written. Lower the learning rate or lengthen the warm-up, and start in"
+            f" another --out, or go on from {checkpoint.folder(self.job.run)} with the stage's --resume auto"
+        )
+
+    def _prepare(self) -> None:
+        """Set the networks up as the settings want them. ValueError for settings that do not fit."""
+        config, job = self.config, self.job
+        if config.cuda_graph and self.runtime.device.type != "cuda":
+            raise ValueError(f"trainer.cuda_graph=True is for CUDA devices, not {self.runtime.device}; leave it out")
+        share = job.batch // self.ranks.world
+        self.micro = config.micro_batch if config.micro_batch is not None and config.micro_batch < share else None
+        if self.micro is not None and share % self.micro:
+            raise ValueError(
+                f"trainer.micro_batch={config.micro_batch} does not divide the {share} images that a rank has of"
+                f" {job.stage}.batch={job.batch}; use a divisor of {share}"
+            )
+        if config.fused_bn:
+            if not self.runtime.channels_last or self.runtime.precision == "fp64":
+                raise ValueError(
+                    f"trainer.fused_bn=True needs channels-last activations of 16 or 32 bits, not precision="
+                    f"{self.runtime.precision} with channels_last={self.runtime.channels_last}; leave it out"
+                )
+            try:
+                choose("batch_norm", "fused", self.runtime.device)
+            except ValueError as error:
+                raise ValueError(f"trainer.fused_bn=True cannot be had, leave it out: {error}") from None
+        set_fused(job.objective, config.fused_bn)
+        for module in job.objective.modules():
+            if isinstance(module, ResNet):
+                module.checkpoint_blocks = config.checkpoint_activations
+                if config.compile:
+                    module.compile()
 
     def _start(self) -> None:
         job = self.job
@@ -219,7 +321,14 @@ class Trainer:
         return (existing[-1], checkpoint.load(existing[-1])) if existing else None
 
     def _facts(self) -> dict[str, Any]:
-        return {**self.job.facts, "batch": self.job.batch, "bn_groups": self.bn_groups}
+        """micro_batch: images of all ranks that go through the networks at once; null: the whole batch."""
+        return {
+            **self.job.facts,
+            "batch": self.job.batch,
+            "bn_groups": self.bn_groups,
+            "micro_batch": None if self.micro is None else self.micro * self.ranks.world,
+            "sizes": [list(pair) for pair in self.job.sizes],
+        }
 
     def _save(self) -> Path | None:
         """Written by rank 0, whose path it returns; when any rank returns, the statistics are one everywhere.
@@ -252,7 +361,9 @@ class Trainer:
     def _restore(self, path: Path, state: dict[str, Any]) -> None:
         job = self.job
         begun = state["facts"].setdefault("bn_groups", 1)  # not in checkpoints of one process, of earlier versions
-        state["facts"].setdefault("order", "random")  # nor this, when there was no other
+        state["facts"].setdefault("order", "random")  # nor these, when there was no other
+        state["facts"].setdefault("micro_batch", None)
+        state["facts"].setdefault("sizes", [])
         if isinstance(self.config.bn_groups, str) and begun != self.bn_groups:
             logger.info("%s: BN keeps the %d parts of the batch that the run began with", job.stage, begun)
             self.bn_groups = begun
@@ -263,9 +374,10 @@ class Trainer:
         expected |= {"fp16_scaler": self.scaler.is_enabled(), "total_steps": job.schedule.total_steps}
         for key, value in expected.items():
             if (seen := found.get(key)) != value:
+                remedy = "a resume continues the same run: give the same settings and data, or another --out"
                 raise checkpoint.CheckpointError(
                     f"checkpoint {path} was made with {key}={seen!r}, this run has {key}={value!r};"
-                    " a resume continues the same run: give the same settings and data, or another --out"
+                    f" {self._micro_batch_of(seen) if key == 'micro_batch' else remedy}"
                 )
         load_weights(job.objective, state["objective"], str(path))
         own = [{key: value for key, value in group.items() if key != "params"} for group in job.optimizer.param_groups]
@@ -279,9 +391,30 @@ class Trainer:
         if changes := checkpoint.differences(state["recipe"], job.recipe):
             logger.warning("%s: the recipe has changed since, in %s", job.stage, "; ".join(changes))
 
+    def _micro_batch_of(self, begun: int | None) -> str:
+        """What to set so that `begun` images of all ranks go through the networks at once."""
+        if begun is None:
+            return "leave trainer.micro_batch out"
+        world, both = self.ranks.world, "images of all ranks that go through the networks at once"
+        if begun % world:
+            return f"these are {both}, which {world} ranks cannot share; start a number of ranks that divides {begun}"
+        return f"these are {both}; give {world} ranks trainer.micro_batch={begun // world}"
+
 
 def bn_groups(config: TrainerConfig, ranks: Ranks) -> int:
     """In how many parts of the global batch BN takes its statistics."""
     if isinstance(config.bn_groups, int):
         return config.bn_groups
     return {"global": 1, "node": ranks.hosts, "rank": ranks.world}[config.bn_groups]
+
+
+@contextlib.contextmanager
+def _garbage_left() -> Iterator[None]:
+    """Python's own collections would stop the loop at any moment; the loop collects where it waits anyway."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -21,7 +21,7 @@ from typing import Any
 
 ARCHITECTURES = (80, 90, 100)
 """sm_80 (A100), sm_90 (H100, H200), sm_100 (B200)."""
-FUSED = ("nt_xent", "views", "lars")
+FUSED = ("nt_xent", "views", "lars", "batch_norm")
 """Packages beside this file whose module `fused` has a function `variants() -> list[Variant]`."""
 _TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTCHMMA)\b")
 _SPILLS = re.compile(r"\b(LDL|STL)\b")

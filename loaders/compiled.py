@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 LOG = logging.getLogger("fastsimclr")
-VERSION = 2  # as in cut.c: what the functions take
+VERSION = 3  # as in cut.c: what the functions take
 
 
 def _compiled() -> Any:
@@ -31,6 +31,8 @@ def _compiled() -> Any:
             arguments: list[Any] = [pointer, number, number, *[pointer] * 6]  # the files, then the crops
             library.fastsimclr_jpegs.argtypes = [*arguments, number, long, pointer, number, *[pointer] * 3]
             library.fastsimclr_jpegs.restype = None
+            library.fastsimclr_copy_many.argtypes = [pointer, number, *[pointer] * 4]
+            library.fastsimclr_copy_many.restype = None
             return library
     return None
 

@@ -23,7 +23,7 @@ class Source(Protocol):
     every image is known to decode. blocks: int64 [b + 1], the first id of each run of images that lie together, and n,
     for a quasi-random order. whole_fits: false where not all blocks can be at hand at once. expect(ids): what is next.
     borrow(index): `read` into memory of the calling thread's own, which its next call overwrites. spans(ids): where
-    in an open file the JPEGs `ids` lie (fastsimclr.loaders.turbo).
+    in an open file the JPEGs `ids` lie (fastsimclr.loaders.turbo). mapped(ids): the memory that holds them decoded.
     """
 
     @property

@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             "data_dir" in getattr(item, "fixturenames", ())
         )
     if os.environ.get(REQUIRE) != "1":
-        for package in ("nvidia.dali", "ffcv"):
+        for package in ("nvidia.dali", "ffcv", "matplotlib"):
             if not _installed(package):
                 reasons[f"no {package} here: tests that need it ({REQUIRE}=1 has them fail)"] = partial(_needs, package)
     for reason, applies in reasons.items():

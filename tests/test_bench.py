@@ -1,8 +1,7 @@
-"""The benches at smoke size: what they report, what they check, and when they refuse."""
+"""The loader bench at smoke size; how benches measure and compare, what they check, and when they refuse."""
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
@@ -22,74 +21,22 @@ from torchvision.transforms import v2
 
 from fastsimclr.bench import baseline, gpu_check, ours, rivals
 from fastsimclr.bench.compare import compare
-from fastsimclr.bench.configs import E2eBench, LoaderBench, StepBench
-from fastsimclr.bench.e2e import bench_e2e
+from fastsimclr.bench.configs import LoaderBench
 from fastsimclr.bench.files import open_files
 from fastsimclr.bench.loader import _decoded, bench_loader
-from fastsimclr.bench.record import LAST, Contestant, Round, Stopwatch, measure, report, table, write
+from fastsimclr.bench.record import LAST, Contestant, Round, Stopwatch, measure, report, write
+from fastsimclr.bench.table import table
+from fastsimclr.bench.training_configs import E2eBench, StepBench
 from fastsimclr.cli import main
 from fastsimclr.loaders import DataError
 from fastsimclr.runtime import choose_runtime
 
 CPU = torch.device("cpu")
-PHASES = ["wait", "views", "forward", "loss", "backward", "optimizer", LAST]
 
 
 @pytest.fixture
 def without_lightly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baseline, "find_spec", lambda name: None)
-
-
-def check_report(result: dict[str, Any], bench: str) -> None:
-    """The keys that a reader and `compare` count on, and times that add up."""
-    assert result["bench"] == bench and result["kind"] == "cpu" and result["seed"] == 0
-    assert {"device", "torch", "commit", "threads", "versions"} <= result["environment"].keys()
-    assert result["config"]["smoke"] is True and result["checks"]
-    for row in result["rows"]:
-        (only,) = row["rounds"]
-        assert only["seconds"] == pytest.approx(sum(only["step_s"]))
-        assert sum(only["phase_s"].values()) == pytest.approx(only["seconds"])
-        assert only["images"] == 16 and len(only["step_s"]) == 2 and len(row["warmup"]["step_s"]) == 2
-        rate = row["images_per_s"]["median"]
-        assert rate == pytest.approx(16 / only["seconds"])
-        if row["views_per_s"]:
-            assert row["views_per_s"]["median"] == pytest.approx(2 * rate)
-    assert {r["ours"] for r in result["ratios"]} <= {row["name"] for row in result["rows"] if row["ours"]}
-    assert result["ratios"]
-
-
-def test_step_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], without_lightly: None) -> None:
-    path = tmp_path / "reports" / "step.json"
-    assert main(["bench", "step", "--smoke", "--device", "cpu", "--json", str(path)]) == 0
-    result = json.loads(path.read_text())
-    check_report(result, "step")
-    assert [row["name"] for row in result["rows"]] == [
-        "ours fp32",
-        "ours bf16",
-        "plain torch fp32 contiguous (default)",
-        "plain torch bf16 channels-last (best)",
-    ]
-    for row in result["rows"]:
-        assert sorted(row["phase_ms"]) == sorted(PHASES)
-        # At the start the positives are no nearer than the rest of the 16 views: about log(15).
-        assert row["warmup"]["first_loss"] == pytest.approx(math.log(15), abs=0.4)
-    printed = capsys.readouterr().out
-    assert "CPU figures" in printed and "images/s" in printed and "views/s" in printed
-    assert 'pip install "fastsimclr[bench]"' in printed
-    assert baseline.MISSING in result["notes"]
-
-
-def test_e2e_beside_the_baseline_that_is_there() -> None:
-    result = bench_e2e(E2eBench(device="cpu", smoke=True))
-    check_report(result, "e2e")
-    name = "lightly" if find_spec("lightly") else "plain torch"
-    theirs = [row for row in result["rows"] if not row["ours"]]
-    assert [row["name"].startswith(name) for row in theirs] == [True, True]
-    assert [row["facts"]["precision"] for row in theirs] == ["fp32", "bf16"]
-    # The shift of the last BN, one number for each output of the head, is all that theirs has more.
-    ((mine, other),) = (v for k, v in result["checks"].items() if k.startswith("parameters"))
-    assert other - mine == ours.HEAD_DIM
-    assert "comparable" in result["checks"]["losses"]
 
 
 def test_loader_on_real_files(tmp_path: Path) -> None:
@@ -98,7 +45,11 @@ def test_loader_on_real_files(tmp_path: Path) -> None:
         pixels = np.kron(generator.integers(0, 256, (4, 5, 3), dtype=np.uint8), np.ones((8, 8, 1), dtype=np.uint8))
         Image.fromarray(pixels).save(tmp_path / f"{index}.jpg")
     result = bench_loader(LoaderBench(device="cpu", smoke=True, root=str(tmp_path)))
-    check_report(result, "loader")
+    assert result["bench"] == "loader" and result["kind"] == "cpu" and result["config"]["smoke"] is True
+    for row in result["rows"]:
+        (only,) = row["rounds"]
+        assert only["seconds"] == pytest.approx(sum(only["step_s"])) == pytest.approx(sum(only["phase_s"].values()))
+        assert only["images"] == 16 and len(only["step_s"]) == 2
     views = {row["name"]: row["views_per_image"] for row in result["rows"]}
     others = {"FFCV, 2 crops": "ffcv", "DALI CPU, 2 crops": "nvidia"}
     packed = ["ours native, ship once", "ours native, 2 crops", "simplejpeg, decoding only"]
@@ -214,6 +165,20 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split() == ["a", "5.0", "10.0", "2.000"]
     assert lines[3].split() == ["b", "2.5", "2.5", "1.000", "(ranges", "overlap)"]
+    assert lines[5].split() == ["first", "->", "second", "step", "p50", "ms", "p99", "ms"]
+    assert lines[6].split() == ["a", "1,000.0", "->", "500.0", "1,000.0", "->", "500.0"]
+
+
+def test_compare_shows_what_both_reports_have(tmp_path: Path) -> None:
+    paths = tmp_path / "one.json", tmp_path / "other.json"
+    for path, mfu in zip(paths, (20.0, 25.0), strict=True):
+        result = fake([1.0] * 3, [1.0] * 3)
+        result["rows"][0] |= {"mfu_pct": mfu, "peak_memory_mib": 1000.0}
+        result["rows"][1] |= {"peak_memory_mib": None}
+        write(path, result)
+    _, title, a, b = compare(*paths).splitlines()[-4:]
+    assert title.split()[-4:] == ["peak", "MiB", "MFU", "%"]
+    assert a.split()[-6:] == ["1,000", "->", "1,000", "20.0", "->", "25.0"] and b.split()[-2:] == ["-", "-"]
 
 
 @pytest.mark.parametrize(
@@ -287,6 +252,7 @@ def test_gpu_check_and_benches_need_no_command_line_library() -> None:
         "sys.modules.update(dict.fromkeys(('jsonargparse', 'lightly')))\n"
         "import fastsimclr.bench.gpu_check, fastsimclr.bench.e2e, fastsimclr.bench.step, fastsimclr.bench.loader\n"
         "import fastsimclr.bench.loss, fastsimclr.bench.views, fastsimclr.bench.lars\n"
+        "import fastsimclr.bench.scaling, fastsimclr.bench.scaling_rank\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=gpu_check.ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -18,12 +18,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsimclr.bench import calls, gpu_check, lars, loss, memory, views
+from fastsimclr.bench import calls, gpu_check, lars, loss, memory, norm, views
 from fastsimclr.bench.calls import Candidate, Work, measure_work, ratios_of
 from fastsimclr.bench.calls_table import table_of_calls
 from fastsimclr.bench.ceilings import Ceilings, measure_ceilings
 from fastsimclr.bench.compare import compare
-from fastsimclr.bench.configs import LarsBench, LossBench, ViewsBench
+from fastsimclr.bench.configs import LarsBench, LossBench, NormBench, ViewsBench
 from fastsimclr.bench.files import open_files
 from fastsimclr.bench.record import write
 from fastsimclr.cli import main
@@ -87,6 +87,28 @@ def test_lars_beside_what_is_there(quick: None) -> None:
     (work,) = result["works"]
     whole = sum(p.numel() for p in lars.tensors("resnet50", 0.125, "cpu", 0).params)
     assert work["bound_s"] == pytest.approx(28 * whole / result["ceilings"]["copy_bytes"])
+
+
+def test_norm_on_a_cpu_runs_torch_alone_and_says_so(quick: None) -> None:
+    result = norm.bench_norm(NormBench(device="cpu", smoke=True))
+    assert len(result["works"]) == 9 and not result["ratios"]
+    assert {row["name"] for row in result["rows"] if row["rounds"]} == {"torch"}
+    assert all(row["fault"] is None for row in result["rows"])
+    # 8 views of 8 x 8 in 64 channels of bf16, 3 maps forward and 5 backward; a block's end reads and writes two more.
+    stem, _, end, *_ = (work["bound_s"] * result["ceilings"]["copy_bytes"] for work in result["works"])
+    assert stem == pytest.approx(8 * 2 * 8 * 64 * 8 * 8) and end == pytest.approx(10 * 2 * 8 * 256 * 4 * 4)
+    printed = table_of_calls(result)
+    assert "ours: its Triton kernels run on CUDA only" in printed
+    assert "no CUDA device: only torch's operations ran, none of our kernels" in printed
+
+
+def test_a_wrong_norm_gets_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unbiased(x: Tensor, *rest: Any) -> Tensor:
+        return norm.eager(x, *rest) * (1 - 1 / x[:, 0].numel()) ** 0.5
+
+    monkeypatch.setitem(norm.FORMS, "torch", norm.Form(family="torch", build=lambda: unbiased))
+    words, fault = norm._verdict("torch", "fp32", "cpu", 0)
+    assert fault == words and "bound 1e-04" in words
 
 
 def test_views_with_a_gather(quick: None) -> None:
@@ -367,6 +389,7 @@ def test_on_a_gpu_ours_is_timed_by_graph_replay() -> None:
     found = [
         loss.bench_loss(LossBench(device="cuda", smoke=True, rows=256)),
         lars.bench_lars(LarsBench(device="cuda", smoke=True)),
+        norm.bench_norm(NormBench(device="cuda", smoke=True)),
         views.bench_views(ViewsBench(device="cuda", smoke=True, dataset=32)),
     ]
     for result in found:

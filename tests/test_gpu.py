@@ -253,13 +253,16 @@ def test_a_step_never_waits_for_the_device(precision: Precision, tmp_path: Path)
     job.objective.train()
     with Feed(job.batches(0, STEPS), job.policy, seed=0, views=2, runtime=trainer.runtime) as feed:
         shipments = list(feed)
-        meter, network = Meter(feed, trainer.runtime), trainer._parallel()
-        trainer._train_step(network, shipments[0], 0.1, meter)  # cuDNN and the optimizer's state set themselves up
+        meter, step = Meter(trainer.runtime), trainer._step_of()
+        meter.follow(feed)
+        trainer._train_step(
+            step, shipments[0], job.policy, 0.1, meter
+        )  # cuDNN and the optimizer's state set themselves up
         torch.cuda.synchronize()
         try:
             torch.cuda.set_sync_debug_mode("error")
             for shipment in shipments[1:]:
-                trainer._train_step(network, shipment, 0.1, meter)
+                trainer._train_step(step, shipment, job.policy, 0.1, meter)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert math.isfinite(meter.read()["loss"])

@@ -90,18 +90,20 @@ def labels_for(objective: Objective, labels: Tensor) -> Tensor:
     return torch.where(few, labels, -1)
 
 
-def train(ranks: Ranks, name: str, images: int, groups: int) -> Record:
-    """Two steps of SGD as the trainer makes them; gradients after DDP's average."""
+def train(ranks: Ranks, name: str, images: int, groups: int, micro: int | None = None) -> Record:
+    """Two steps of SGD as the trainer makes them; gradients after their average.
+
+    With micro each rank has such images that the micro-batches of all ranks are runs of the global batch.
+    """
     objective = build(name)
     runtime = Runtime(device=torch.device("cpu"), precision="fp64", ranks=ranks)
-    step = parallel(objective, groups=groups, runtime=runtime, timeout_s=60)
-    n = images // ranks.world
-    own = slice(ranks.rank * n, (ranks.rank + 1) * n)
+    step = parallel(objective, groups=groups, runtime=runtime, timeout_s=60, micro=micro)
+    own = torch.arange(images).view(-1, ranks.world, micro or images // ranks.world)[:, ranks.rank].flatten()
 
     def forward(x: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         views = x[:, own].flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        result: tuple[Tensor, dict[str, Tensor]] = step(views, labels[own])
-        return result
+        outcome = step(views, labels[own], lambda loss: loss)
+        return outcome.loss, outcome.metrics
 
     record = loop(objective, images, forward)
     average_running_statistics(objective, ranks.group)
@@ -122,9 +124,10 @@ def loop(objective: Objective, images: int, forward: Callable[[Tensor, Tensor], 
     record = Record(losses=[], metrics={}, gradients=[], buffers={})
     for index in range(STEPS):
         x, labels = batch(objective.views, images, index)
-        loss, metrics = forward(x, labels_for(objective, labels))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, metrics = forward(x, labels_for(objective, labels))
+        if loss.requires_grad:  # the trainer's step has gone back already
+            loss.backward()
         record.losses.append(loss.item())
         record.gradients.append({key: p.grad.clone() for key, p in trained.items() if p.grad is not None})
         assert record.gradients[-1].keys() == trained.keys()
@@ -234,3 +237,21 @@ def test_ranks_are_one_process(ranks_pool: Pool, name: str, world: int, groups: 
 def test_groups_that_cross_ranks(ranks_pool: Pool, name: str, world: int, groups: int) -> None:
     expected = oracle(name, 12, groups)
     assert max(error(record, expected) for record in ranks_pool(world, train, name, 12, groups)) <= 1e-8
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("micro", [4, 8, 16])
+def test_micro_batches_are_groups_of_one_batch(name: str, micro: int) -> None:
+    """Loss, gradients, metrics and running statistics; frozen BN knows no groups and is the whole batch to the bit."""
+    assert error(train(Ranks(), name, IMAGES, 1, micro), oracle(name, IMAGES, IMAGES // micro)) <= limit(name)
+
+
+@pytest.mark.parametrize("name", ["contrastive, paper", "contrastive, google", "distillation, labels"])
+@pytest.mark.parametrize(("world", "groups", "micro"), [(2, 1, 2), (2, 2, 4), (4, 2, 2)])
+def test_micro_batches_of_ranks_are_one_process(
+    ranks_pool: Pool, name: str, world: int, groups: int, micro: int
+) -> None:
+    expected = oracle(name, IMAGES, groups * IMAGES // (micro * world))
+    assert max(error(record, expected) for record in ranks_pool(world, train, name, IMAGES, groups, micro)) <= limit(
+        name
+    )

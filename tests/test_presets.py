@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastsimclr.cli import main
 from fastsimclr.optim import Schedule
 from fastsimclr.recipe import Recipe, parse_recipe
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-IMAGENET, ONE_PERCENT, CIFAR = 1_281_167, 12_811, 50_000
+IMAGENET, ONE_PERCENT, CIFAR, STL = 1_281_167, 12_811, 50_000, 105_000
 
 
 def recipe(name: str) -> Recipe:
@@ -34,6 +37,18 @@ def test_every_recipe_is_read_and_says_how_to_start_it(path: Path) -> None:
     )
     named = re.findall(r"--config (\S+)", head)
     assert set(named) <= {path.name, path.stem}
+    # Its accuracy and speed: where they stand, or that there are none yet.
+    assert re.search(
+        r"(images/s)[^.]* here: not measured|images/s[^.]*: docs/results\.md|images/s: [^.]*not measured", words
+    )
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_trains(path: Path, tmp_path: Path) -> None:
+    """At smoke size, on noise."""
+    noise = ["--data.source", "synthetic", "--data.root", "null", "--data.synthetic_size", "32"]
+    assert main(["pretrain", "--config", str(path), "--smoke", "--device", "cpu", *noise, "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["training"]["steps"] == 64 // 16 + 1
 
 
 # Peak rate, steps, warm-up steps. 1,281,167·1,000 // 4,096 + 1 = 312,784 + 1 and so on; 12,811,670 / 4,096 = 3,127.8.
@@ -44,6 +59,13 @@ def test_every_recipe_is_read_and_says_how_to_start_it(path: Path) -> None:
         ("v2-nomemory", "pretrain", IMAGENET, 6.4, 250_228, 12_511),  # .1 · 64
         ("google-readme", "pretrain", IMAGENET, 4.8, 31_279, 3_127),  # .075 · 64
         ("cifar10_r18_1000", "pretrain", CIFAR, 2.0, 97_657, 976),  # 1 · 2
+        ("imagenet_r152_3x_sk", "pretrain", IMAGENET, 6.4, 250_228, 12_511),
+        ("imagenet100_r18", "pretrain", 126_000, 0.6, 98_438, 2_460),  # .3 · 2
+        ("stl10_r18", "pretrain", STL, 1.6970562748477143, 20_508, 2_050),  # .075 · sqrt(512)
+        ("cifar10_r18_fast", "pretrain", CIFAR, 2.0, 48_829, 976),
+        ("imagenet_r152_3x_sk", "linear", IMAGENET, 1.6, 28_151, 0),
+        ("imagenet_r152_3x_sk", "finetune", ONE_PERCENT, 0.16, 751, 0),
+        ("imagenet_r152_3x_sk", "distill", IMAGENET, 6.4, 125_114, 6_255),
         ("v1-paper", "linear", IMAGENET, 1.6, 28_151, 0),  # .1 · 16
         ("v2-nomemory", "linear", IMAGENET, 1.6, 28_151, 0),
         ("google-readme", "linear", IMAGENET, 1.6, 28_151, 0),
@@ -86,6 +108,22 @@ def test_what_tells_the_versions_apart(
     assert made.linear.method == "sgd" and made.linear.labels == "all" and made.linear.optim.nesterov
     assert made.linear.optim.weight_decay == (0.0 if name.startswith("cifar") else 1e-6)
     assert made.finetune.optim.weight_decay == 0.0 and made.data.label_fraction == 0.01
+
+
+def test_the_largest_network_is_that_of_the_paper() -> None:
+    """All else is v2-nomemory's; blocks are computed again for its memory."""
+    large, small = recipe("imagenet_r152_3x_sk"), recipe("v2-nomemory")
+    assert (large.model.arch, large.model.width, large.model.selective_kernels) == ("resnet152", 3.0, True)
+    assert large.trainer == replace(small.trainer, checkpoint_activations=True)
+    assert large.distill == replace(small.distill, student=replace(large.model, head_layers=0))
+    model = replace(large.model, arch="resnet50", width=1.0, selective_kernels=False)
+    assert replace(large, model=model, trainer=small.trainer, distill=small.distill) == small
+
+
+def test_the_fast_recipe_notes_time_and_accuracy_at_the_same_steps() -> None:
+    fast = recipe("cifar10_r18_fast")
+    every = fast.pretrain.probe_every_epochs
+    assert every is not None and (every * CIFAR // fast.pretrain.batch) % fast.trainer.log_every_steps == 0
 
 
 def test_views_of_the_published_recipes() -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,12 +81,8 @@ def test_a_proposal_is_heard_by_all_at_the_next_step(ranks_pool: Pool) -> None:
     assert ranks_pool(1, agreed) == [[0, 0, 0, 0, 0, 0]]
 
 
-def stopped(ranks: Ranks, run: Path, rank: int, moment: int, checkpoint_every_steps: int) -> str:
-    """The message with which a training ends in which one rank gets SIGTERM while a hook runs after step `moment`."""
-
-    def act() -> None:
-        if ranks.rank == rank:
-            os.kill(os.getpid(), signal.SIGTERM)
+def shares(ranks: Ranks) -> Callable[[int, int], TrainLoader]:
+    """The batches of a rank."""
 
     def batches(start: int, stop: int) -> TrainLoader:
         data = DataConfig(loader="native", threads=1)
@@ -93,7 +90,17 @@ def stopped(ranks: Ranks, run: Path, rank: int, moment: int, checkpoint_every_st
             SOURCE, data, batch=BATCH, seed=0, start=start, stop=stop, rank=ranks.rank, world=ranks.world
         )
 
-    given = replace(job(run, hooks=(At(moment, act),)), batches=batches)
+    return batches
+
+
+def stopped(ranks: Ranks, run: Path, rank: int, moment: int, checkpoint_every_steps: int) -> str:
+    """The message with which a training ends in which one rank gets SIGTERM while a hook runs after step `moment`."""
+
+    def act() -> None:
+        if ranks.rank == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    given = replace(job(run, hooks=(At(moment, act),)), batches=shares(ranks))
     runtime = Runtime(device=torch.device("cpu"), precision="fp32", ranks=ranks)
     try:
         fit(given, runtime, checkpoint_every_steps=checkpoint_every_steps)
@@ -175,3 +182,103 @@ def test_torchrun_variables_in_part_are_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "1")
     assert launch.launched.__wrapped__().ranks.world == 1
+
+
+TORCHRUN = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "1",
+    "TORCHELASTIC_MAX_RESTARTS": "3",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+
+
+def test_restarts_over_machines_need_a_store_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ValueError, match=r"--max-restarts 3 over several .* needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+    ):
+        launch.launched.__wrapped__()
+    monkeypatch.setattr(launch, "rendezvous", lambda *_, **__: iter([(HashStore(), 0, 4)]))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert isinstance(launch.launched.__wrapped__().store, HashStore)
+
+
+def test_ranks_that_start_again_on_one_machine_do_not_meet_the_last_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = HashStore()  # by torchrun, through every restart
+    monkeypatch.setattr(launch, "rendezvous", lambda *_, **__: iter([(kept, 0, 2)]))
+    for name, value in (TORCHRUN | {"WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    for count in "01":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        store = launch.launched.__wrapped__().store
+        assert store is not None and not store.check(["failed"])
+        store.set("failed", count)
+
+
+class Silent:
+    """A store whose machine is gone: nothing comes back."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def check(self, keys: list[str]) -> bool:
+        time.sleep(self.seconds)
+        raise RuntimeError("Connection reset by peer")
+
+    def compare_set(self, key: str, expected: str, value: str) -> bytes:
+        self.check([key])
+        return b""
+
+
+@pytest.mark.parametrize("seconds", [0.0, 30.0])
+def test_a_store_that_is_gone_is_named(quick: None, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setattr(launch, "PrefixStore", lambda _, store: store)
+    monkeypatch.setenv("MASTER_ADDR", "node07")
+    silent: Any = Silent(seconds)
+    zero, one, two = (replace(rank, store=silent) for rank in launches())
+    started = time.monotonic()
+    gone = "rank 0 at node07, which keeps the store of the run, does not answer: killed, out of memory, or its machine"
+    assert (two.blame(ECHO, "echo") or "").startswith(gone)
+    assert (one.blame(ECHO, "echo") or "").startswith(gone)
+    three = replace(two, ranks=replace(two.ranks, rank=3, local_rank=1))
+    assert three.blame(ECHO, "echo") is None  # rank 2, on the same machine, says it
+    assert zero.blame(ValueError("no such file"), "no such file") == "rank 0 of 3, a: no such file"
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert (two.blame(ECHO, "echo") or "").startswith("torchrun at node07, which keeps the store of the run")
+    assert time.monotonic() - started < 20
+    heard = '[1, "a", "rank 1 of 3, a: no such file"]'  # by the watch, while there was a store
+    monkeypatch.setattr(launch, "_watch", SimpleNamespace(heard=heard, failed=False))
+    assert two.blame(ECHO, "echo") == "ended, because of rank 1 of 3, a: no such file"
+
+
+def resumed(ranks: Ranks, run: Path, micro: int | None) -> str:
+    runtime = Runtime(device=torch.device("cpu"), precision="fp32", ranks=ranks)
+    given = replace(job(run, resume=True), batches=shares(ranks))
+    try:
+        fit(given, runtime, micro_batch=micro, bn_groups=1)
+    except ValueError as error:
+        return str(error)
+    return "ran to the end"
+
+
+def test_micro_batches_stay_at_another_number_of_ranks(ranks_pool: Pool, tmp_path: Path) -> None:
+    def begin(run: Path, micro: int | None) -> Path:
+        given = job(run, hooks=(At(6, lambda: os.kill(os.getpid(), signal.SIGTERM)),))
+        with pytest.raises(Stopped):
+            fit(given, micro_batch=micro)
+        return run
+
+    run, one, whole = (begin(tmp_path / name, micro) for name, micro in (("4", 4), ("1", 1), ("whole", None)))
+    (said, other) = ranks_pool(2, resumed, run, 4)
+    assert said == other
+    assert "was made with micro_batch=4, this run has micro_batch=8" in said
+    assert said.endswith("images of all ranks that go through the networks at once; give 2 ranks trainer.micro_batch=2")
+    assert ranks_pool(2, resumed, run, None)[0].endswith("give 2 ranks trainer.micro_batch=2")
+    assert "which 2 ranks cannot share; start a number of ranks that divides 1" in ranks_pool(2, resumed, one, 1)[0]
+    assert ranks_pool(2, resumed, whole, 2)[0].endswith("; leave trainer.micro_batch out")
+    assert ranks_pool(2, resumed, run, 2) == ["ran to the end"] * 2

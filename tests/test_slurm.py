@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 # srun starts the command once a node, scancel signals what srun started, scontrol knows the nodes and notes a requeue.
 STAND_INS = {
-    "srun": """[[ $1 == --kill-on-bad-exit=1 ]] && shift
+    "srun": """echo "$SRUN_CPUS_PER_TASK" > "$STAND/cpus"
+[[ $1 == --kill-on-bad-exit=1 ]] && shift
 pids=()
 for node in $(seq "$SLURM_JOB_NUM_NODES"); do "$@" & pids+=($!); done
 echo "${pids[@]}" > "$STAND/pids"
@@ -53,6 +54,7 @@ def start(stand: Path, run: Path) -> subprocess.Popen[str]:
             "SLURM_JOB_NODELIST": "localhost",
             "SLURM_JOB_NUM_NODES": "2",
             "RANKS_PER_NODE": "1",
+            "SLURM_CPUS_PER_TASK": "2",
             "OMP_NUM_THREADS": "1",
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # two agents on one machine
         },
@@ -74,6 +76,7 @@ def test_a_stop_is_saved_and_requeued_and_the_next_start_ends_the_run(tmp_path: 
     said = first.communicate(timeout=60)[0]
     assert first.returncode == 0, said
     assert (stand / "requeued").read_text() == f"{os.getpid()}\n"
+    assert (stand / "cpus").read_text() == "2\n"
     assert said.count("state saved in") == 1
     (saved,) = checkpoint.saved(run)
     second = start(stand, run)

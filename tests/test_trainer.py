@@ -271,13 +271,9 @@ def one_step(given: Job, runtime: Runtime) -> Callable[[], None]:
     runtime.place(given.objective.train())
     (batch,) = given.batches(0, 1)
     shipment = ship(batch, given.policy, 0, given.objective.views, runtime.device)
-
-    class NoFeed:
-        waited_s = 0.0
-
-    meter, network = Meter(NoFeed(), runtime), trainer._parallel()  # type: ignore[arg-type]
-    trainer._train_step(network, shipment, 0.1, meter)
-    return lambda: trainer._train_step(network, shipment, 0.1, meter)
+    meter, step = Meter(runtime), trainer._step_of()
+    trainer._train_step(step, shipment, given.policy, 0.1, meter)
+    return lambda: trainer._train_step(step, shipment, given.policy, 0.1, meter)
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "supervised"])
@@ -340,7 +336,9 @@ def test_a_loss_that_is_no_number_stops_without_a_checkpoint(tmp_path: Path) -> 
         with torch.no_grad():
             next(given.objective.parameters()).fill_(math.nan)
 
-    with pytest.raises(FloatingPointError, match=r"pretrain: the loss became nan by step 6 .*Lower the learning rate"):
+    with pytest.raises(
+        FloatingPointError, match=r"pretrain: the loss became nan or infinite by step 6 .*Lower the learning rate"
+    ):
         fit(dataclasses.replace(given, hooks=(At(5, poison),)), checkpoint_every_steps=2)
     assert [path.name for path in checkpoint.saved(tmp_path)] == ["step-00000002.pt", "step-00000004.pt"]
     assert steps(tmp_path) == [2, 4]

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -17,15 +18,42 @@ from torchvision import models
 from torchvision.transforms import v2
 
 from fastsimclr.bench.ours import HEAD_DIM, LR, MOMENTUM, TEMPERATURE, WEIGHT_DECAY, policy_for
-from fastsimclr.bench.record import LAST, Contestant, Round, Stopwatch
 from fastsimclr.kernels.nt_xent import nt_xent
 from fastsimclr.loaders import Policy
 from fastsimclr.models import SimCLRNet, count_parameters
-from fastsimclr.runtime import Runtime
 
-Pair = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
+Mark = Callable[[str], None]
 MISSING = 'lightly is not installed, the baseline is plain torch; pip install "fastsimclr[bench]"'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """What a baseline trains, on the CPU.
+
+    networks: the trained one first. forward: the tensors of a batch to what the loss takes; marks a phase that ends
+    within. views: of each image.
+    """
+
+    networks: Sequence[nn.Module]
+    forward: Callable[[Sequence[Tensor], Mark], Sequence[Tensor]]
+    loss: Loss
+    optimizer: torch.optim.Optimizer
+    optimizer_name: str
+    views: int
+
+
+def pretraining(arch: str, size: int) -> Rival:
+    """SimCLR's pretraining: a batch is two views float [N, 3, S, S]. Weights from torch's global generator."""
+    net = Net(arch, size).train()
+    return Rival(
+        networks=[net],
+        forward=lambda batch, mark: [net(views) for views in batch],
+        loss=loss_function(),
+        optimizer=_optimizer(net),
+        optimizer_name="LARS (lightly)" if find_spec("lightly") else "SGD",
+        views=2,
+    )
 
 
 def title() -> str:
@@ -36,6 +64,18 @@ def title() -> str:
 def notes() -> list[str]:
     """What a reader must know of the baseline."""
     return [] if find_spec("lightly") else [MISSING]
+
+
+def resnet(arch: str, size: int) -> tuple[nn.Module, int]:
+    """torchvision's ResNet with a CIFAR stem up to 32 px and without classifier, and how many features it gives."""
+    net: nn.Module = getattr(models, arch)(zero_init_residual=True)
+    if size <= 32:
+        net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        net.maxpool = nn.Identity()
+    assert isinstance(net.fc, nn.Linear)
+    features = net.fc.in_features
+    net.fc = nn.Identity()
+    return net, features
 
 
 def from_lightly(module: str, name: str) -> Any:
@@ -49,12 +89,7 @@ class Net(nn.Module):
 
     def __init__(self, arch: str, size: int) -> None:
         super().__init__()
-        self.encoder = getattr(models, arch)(zero_init_residual=True)
-        if size <= 32:
-            self.encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-            self.encoder.maxpool = nn.Identity()
-        channels = self.encoder.fc.in_features
-        self.encoder.fc = nn.Identity()
+        self.encoder, channels = resnet(arch, size)
         self.head = _head(channels)
 
     def forward(self, views: Tensor) -> Tensor:
@@ -114,12 +149,11 @@ def lightly_transform(policy: Policy) -> Callable[[Any], list[Any]]:
 def plain_transform(policy: Policy) -> Callable[[Any], Any]:
     """torchvision's: PIL image or uint8 tensor [3, H, W] -> one view float [3, S, S] with the settings of `policy`."""
     s, size = policy.strength, policy.size
-    stages: list[Any] = [
-        v2.RandomResizedCrop(size),
-        v2.RandomHorizontalFlip(),
-        v2.RandomApply([v2.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)], p=policy.jitter),
-        v2.RandomGrayscale(policy.grey),
-    ]
+    stages: list[Any] = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+    if policy.jitter:
+        stages.append(v2.RandomApply([v2.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)], p=policy.jitter))
+    if policy.grey:
+        stages.append(v2.RandomGrayscale(policy.grey))
     if policy.blur:
         stages.append(v2.RandomApply([v2.GaussianBlur(size // 10 // 2 * 2 + 1, policy.sigma)], p=policy.blur))
     stages += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
@@ -135,58 +169,6 @@ class TwoViews:
 
     def __call__(self, image: Any) -> list[Any]:
         return [self._one(image), self._one(image)]
-
-
-def trained(
-    name: str,
-    runtime: Runtime,
-    batches: Callable[[], Iterable[Pair]],
-    *,
-    arch: str,
-    size: int,
-    batch: int,
-    seed: int,
-    facts: dict[str, Any],
-) -> Contestant:
-    """A contestant whose round is one pass over batches(), pairs of views [N, 3, S, S], in lightly's usual loop."""
-    torch.manual_seed(seed)
-    net = runtime.place(Net(arch, size)).train()
-    criterion = loss_function()
-    optimizer = _optimizer(net)
-    watch = Stopwatch(runtime.device)
-
-    def place(views: Tensor) -> Tensor:
-        views = views.to(runtime.device, non_blocking=True)
-        return views.contiguous(memory_format=torch.channels_last) if runtime.channels_last else views
-
-    def run() -> Round:
-        losses = []
-        watch.start()
-        for view0, view1 in batches():
-            watch.mark("wait")
-            x0, x1 = place(view0), place(view1)
-            watch.mark("views")
-            with runtime.autocast():
-                z0, z1 = net(x0), net(x1)
-                watch.mark("forward")
-                loss = criterion(z0, z1)
-            watch.mark("loss")
-            loss.backward()  # type: ignore[no-untyped-call]
-            watch.mark("backward")
-            optimizer.step()
-            watch.mark("optimizer")
-            optimizer.zero_grad()
-            losses.append(loss.detach())
-            watch.mark(LAST)
-        return watch.round(batch, losses)
-
-    known = {
-        "precision": runtime.precision,
-        "channels_last": runtime.channels_last,
-        "parameters": count_parameters(net),
-        "optimizer": "LARS (lightly)" if find_spec("lightly") else "SGD",
-    }
-    return Contestant(name=name, ours=False, views=2, run=run, facts=known | facts)
 
 
 def same_work(ours: SimCLRNet, size: int, arch: str) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastsimclr.bench.calls import Row
-from fastsimclr.bench.record import Report, heading
+from fastsimclr.bench.record import Report
+from fastsimclr.bench.table import heading
 from fastsimclr.runlog import aligned
 
 

@@ -9,11 +9,14 @@ from typing import Any
 from fastsimclr.bench.record import FORMAT
 from fastsimclr.runlog import aligned
 
-_FREE = (
-    "config.json",
-    "config.root",
-    "config.device",
-)  # may differ: where things lie, and how the device was asked for
+# May differ: where things lie, and how the device was asked for.
+_FREE = ("config.json", "config.root", "config.device", "config.plot", "config.profile")
+_MORE: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("step p50 ms", ("step_ms", "p50"), ",.1f"),
+    ("p99 ms", ("step_ms", "p99"), ",.1f"),
+    ("peak MiB", ("peak_memory_mib",), ",.0f"),
+    ("MFU %", ("mfu_pct",), ".1f"),
+)
 
 
 def compare(first: Path, second: Path) -> str:
@@ -38,6 +41,7 @@ def compare(first: Path, second: Path) -> str:
             verdict = "" if apart else " (ranges overlap)"
             ratio = f"{y['median'] / x['median']:.3f}{verdict}"
             rows.append((name, f"{x['median']:,.1f}", f"{y['median']:,.1f}", ratio))
+    rest = _more(_by_name(a), _by_name(b))
     only = [f"only in one: {name}" for name in sorted(set(mine) ^ set(others))]
     facts = sorted(a["environment"].keys() | b["environment"].keys())
     changed = [
@@ -45,20 +49,48 @@ def compare(first: Path, second: Path) -> str:
         for key in facts
         if a["environment"].get(key) != b["environment"].get(key)
     ]
-    return "\n".join([f"bench {a['bench']} on {a['environment']['device']}", *aligned(rows), *only, *changed])
+    return "\n".join([f"bench {a['bench']} on {a['environment']['device']}", *aligned(rows), *rest, *only, *changed])
 
 
 def _unit(report: dict[str, Any]) -> str:
     return str(report["works"][0]["unit"]) if "works" in report else "images"
 
 
-def _rates(report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The rate of each variant that ran, by its name and, where there are several, its piece of work."""
-    if "works" not in report:
-        return {row["name"]: row["images_per_s"] for row in report["rows"]}
-    several = len(report["works"]) > 1
+def _by_name(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The row of each variant that ran, by its name and, where there are several, its piece of work."""
+    several = len(report.get("works", ())) > 1
     ran = [row for row in report["rows"] if row["rounds"]]
-    return {f"{row['group']}: {row['name']}" if several else row["name"]: row["per_s"] for row in ran}
+    return {f"{row['group']}: {row['name']}" if several else row["name"]: row for row in ran}
+
+
+def _rates(report: dict[str, Any]) -> dict[str, dict[str, float]]:
+    key = "per_s" if "works" in report else "images_per_s"
+    return {name: row[key] for name, row in _by_name(report).items()}
+
+
+def _more(mine: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]]) -> list[str]:
+    """Step times, memory and MFU, first -> second, of what both reports have of a variant."""
+    both = [name for name in mine if name in others]
+    columns = []
+    for title, path, form in _MORE:
+        pairs = {name: (_value(mine[name], path), _value(others[name], path)) for name in both}
+        if any(None not in pair for pair in pairs.values()):
+            columns.append((title, pairs, form))
+    if not columns:
+        return []
+    lines = [("first -> second", *(title for title, _, _ in columns))]
+    for name in both:
+        cells = [(*pairs[name], form) for _, pairs, form in columns]
+        shown = ("-" if x is None or y is None else f"{x:{form}} -> {y:{form}}" for x, y, form in cells)
+        lines.append((name, *shown))
+    return ["", *aligned(lines)]
+
+
+def _value(row: dict[str, Any], path: tuple[str, ...]) -> float | None:
+    found: Any = row
+    for key in path:
+        found = (found or {}).get(key)
+    return None if found is None else float(found)
 
 
 def _keys(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-from fastsimclr.loaders.data import LoaderName
-
 Arch = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 Dtype = Literal["fp32", "fp16", "bf16"]
 LoaderSet = Literal["packed", "raw", "original"]
@@ -36,8 +34,17 @@ class BenchConfig:
         """The same settings at the size of --smoke."""
         if not self.smoke:
             return self
-        tiny = {"batch": 8, "steps": 2, "rounds": 1, "size": 16, "images": 16, "side": 24, "workers": (0,)}
-        tiny |= {"rows": 64, "dim": 16, "round_ms": 1.0, "width": 0.125}
+        tiny = {
+            "batch": 8,
+            "steps": 2,
+            "rounds": 1,
+            "size": 16,
+            "images": 16,
+            "side": 24,
+            "workers": (0,),
+            "micro": (4, 2),
+        }
+        tiny |= {"teacher": "resnet18", "ranks": (1, 2), "rows": 64, "dim": 16, "round_ms": 1.0, "width": 0.125}
         return replace(self, **{key: value for key, value in tiny.items() if hasattr(self, key)})  # type: ignore[arg-type]
 
 
@@ -94,19 +101,23 @@ class LoaderBench(TrainingBench):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepBench(TrainingBench):
-    """One pretraining step on resident synthetic images, with its phases; the baseline's views are ready-made."""
+class CurveBench(TrainingBench):
+    """The loss over some hundred steps in the automatic precision beside float32, and what other seeds make of it."""
 
+    batch: int = 64
+    """Images a step."""
+    steps: int = 200
+    """Steps of each curve."""
+    precision: Literal["auto", "bf16", "fp16"] = "auto"
+    """Precision under test."""
     arch: Arch = "resnet18"
-    """The encoder, at full width."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class E2eBench(TrainingBench):
-    """Training from image files to the optimizer step: ours, and lightly as documented and at its best."""
-
-    arch: Arch = "resnet18"
-    """The encoder, at full width."""
+    """The encoder."""
+    width: float = 0.5
+    """Multiplies its channels."""
+    lr: float = 1.0
+    """Peak learning rate of LARS, after 20 steps of warm-up."""
+    others: int = 2
+    """Curves in float32 with other weights, order and views: the noise."""
     root: str | None = None
     """Folder of images (root/train/CLASS, root/CLASS or flat). Default: JPEG files made for the bench."""
     images: int = 5000
@@ -114,16 +125,43 @@ class E2eBench(TrainingBench):
     side: int = 32
     """Side in pixels of the JPEG files made where no root is given."""
     threads: int = 0
-    """Our decoding threads; 0: one for each core."""
-    loaders: tuple[LoaderName, ...] = ("resident", "native")
-    """Loaders that ours trains with, in the automatic precision; float32 trains with native."""
-    workers: tuple[int, ...] = (0, 2)
-    """Numbers of worker processes that the baseline tries once, over a whole round; it then keeps the fastest."""
+    """Decoding threads; 0: one for each core."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.images < self.batch:
             raise ValueError(f"images={self.images} is fewer than batch={self.batch}; raise --images")
+        if self.others < 1:
+            raise ValueError(f"others={self.others} leaves no noise to compare with; give 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBench(TrainingBench):
+    """A contrastive step whole, in micro-batches (gradient caching) and with blocks computed again: time, memory."""
+
+    batch: int = 256
+    """Images a step."""
+    steps: int = 20
+    """Steps of training before gradients are compared."""
+    micro: tuple[int, ...] = (128, 64, 32)
+    """Images of a micro-batch, divisors of the batch."""
+    arch: Arch = "resnet18"
+    """The encoder."""
+    width: float = 1.0
+    """Multiplies its channels."""
+    root: str | None = None
+    """Folder of images (root/train/CLASS, root/CLASS or flat). Default: JPEG files made for the bench."""
+    images: int = 5000
+    """How many of its images to use, spread over all."""
+    side: int = 32
+    """Side in pixels of the JPEG files made where no root is given."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images < self.batch:
+            raise ValueError(f"images={self.images} is fewer than batch={self.batch}; raise --images")
+        if not self.micro or any(micro < 1 or self.batch % micro for micro in self.micro):
+            raise ValueError(f"micro={list(self.micro)} must be divisors of batch={self.batch}; give one or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +232,18 @@ class ViewsBench(CallBench):
             raise ValueError(f"threads={self.threads} must be 1 or more")
         if self.root is not None and self.dataset:
             raise ValueError(f"dataset={self.dataset} and root={self.root!r} exclude each other: it is synthetic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormBench(CallBench):
+    """BN, sum with the shortcut and ReLU at the shapes of ResNet-50, forward and backward: ours and torch's."""
+
+    batch: int = 128
+    """Views a call."""
+    size: int = 224
+    """Side of the views in pixels."""
+    dtype: Dtype = "bf16"
+    """Format of the maps; statistics and parameters are float32."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,80 +1,127 @@
-"""The end-to-end bench: from image files to the optimizer step, ours beside lightly's documented way."""
+"""The end-to-end bench: from image files to the optimizer step, ours beside the usual way, and its two parts alone."""
 
 from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from fastsimclr.bench import baseline, ours
-from fastsimclr.bench.configs import E2eBench
-from fastsimclr.bench.files import Files, data_loader, open_files
-from fastsimclr.bench.record import LOG, Contestant, Report, measure, report
-from fastsimclr.loaders import DataConfig, Source, hold
+import numpy as np
+
+from fastsimclr.bench import baseline, loop, watched
+from fastsimclr.bench.files import Files, LabelledFiles, data_loader, open_files
+from fastsimclr.bench.flops import HOW, measure_training
+from fastsimclr.bench.ours import policy_of
+from fastsimclr.bench.record import LOG, Contestant, Report, report, seconds_an_image, spread
+from fastsimclr.bench.step import check_mode, named
+from fastsimclr.bench.trace import trace
+from fastsimclr.bench.training_configs import E2eBench
+from fastsimclr.loaders import DataConfig, Relabelled, Resident, Source, hold
+from fastsimclr.loaders.data import LoaderName
 from fastsimclr.runtime import Runtime, choose_runtime
 
-NOTES = ("resident: its set-up, the decoding of all images once in a run, is in the facts and not in images/s",)
+NOTES = (
+    "resident: its set-up, the decoding of all images once in a run, is in the facts and not in images/s",
+    "loader alone: from a standing start as in training, so that its first batch counts; step alone: its own first"
+    f" {watched.READY} batches, loaded before",
+)
+_SERIAL = "e2e / (1 / (1 / loader + 1 / step)), as they share the cores"
+_BESIDE = "e2e / min(loader, step), as one runs beside the other"
 
 
 def bench_e2e(config: E2eBench) -> Report:
-    """Measure and return the report. DataError for a folder with too few images."""
+    """Measure and return the report. DataError for a folder with too few images, ValueError for a graph on a CPU."""
     config = config.at_smoke_size()
     plain = choose_runtime(config.device, "fp32", False)
     auto = choose_runtime(config.device, "auto", True)
+    check_mode(config.mode, plain, "mode")
     with tempfile.TemporaryDirectory() as scratch:
         source, what = open_files(config.root, config.images, config.side, config.seed, Path(scratch))
+        if config.stage != "pretrain":  # whatever labels there are: they cost nothing and change no arithmetic
+            source = Relabelled(source, np.arange(len(source)) % config.classes)
         start = time.perf_counter()
-        data = DataConfig(threads=config.threads, loader="resident")
-        resident = hold(source, data, auto.device) if "resident" in config.loaders else None
+        held = None
+        if "resident" in config.loaders:
+            held = hold(source, DataConfig(threads=config.threads, loader="resident"), auto.device)
         setup_s = time.perf_counter() - start
-        checks = {"images": what} | baseline.same_work(
-            ours.network(config.arch, config.size, config.seed), config.size, config.arch
-        )
+        checks = {"images": what} | loop.same_work(config)
         rates = {workers: _rate(_theirs(config, source, plain, workers, "")) for workers in config.workers}
         workers = max(rates, key=lambda key: rates[key])
-        LOG.info("%s takes %d workers: images/s by number of workers %s", baseline.title(), workers, rates)
+        LOG.info("%s takes %d workers: images/s by number of workers %s", loop.title(config.stage), workers, rates)
         checks["baseline's images/s by workers, one round"] = rates
-        size = {"arch": config.arch, "size": config.size, "batch": config.batch, "seed": config.seed}
-        full = choose_runtime(config.device, "fp32", True)
-        entries = [
-            ours.trained(
-                f"ours {runtime.precision} {loader}",
-                runtime,
-                source,
-                resident if loader == "resident" else None,
-                steps=config.steps,
-                threads=config.threads,
-                loader=loader,
-                setup_s=setup_s if loader == "resident" else 0.0,
-                **size,  # type: ignore[arg-type]
-            )
-            for runtime, loader in [*((auto, loader) for loader in config.loaders), (full, "native")]
-        ]
-        best = choose_runtime(config.device, "bf16", True)
+        ours = _Ours(config, source, held, round(setup_s, 3))
+        entries = [ours.trained(auto, loader) for loader in config.loaders]
+        if named("fp32", "eager", "native") not in [entry.name for entry in entries]:
+            entries.append(ours.trained(choose_runtime(config.device, "fp32", True), "native", eager=True))
         entries += [
             _theirs(config, source, plain, workers, "fp32 contiguous (default)"),
-            _theirs(config, source, best, workers, "bf16 channels-last (best)"),
+            _theirs(config, source, choose_runtime(config.device, "bf16", True), workers, "bf16 channels-last (best)"),
         ]
-        rows = measure(entries, config.rounds, plain.device)
-    return report("e2e", asdict(config), plain, rows, checks=checks, notes=[*NOTES, *baseline.notes()])
+        entries += [part for loader in config.loaders for part in ours.parts(auto, loader)]
+        rows, reference = measure_training(entries, config.rounds, plain.device)
+        notes = [*NOTES, HOW, *loop.notes(config.stage)]
+        if config.profile is not None:
+            notes.append(trace(entries[0], Path(config.profile), plain.device))
+    found = report("e2e", asdict(config), plain, rows, checks=checks, notes=notes)
+    derived = _derived(rows, config, len(config.loaders), plain.device.type == "cuda")
+    return found | {"derived": derived, "reference": reference}
+
+
+class _Ours:
+    """Our contestants on `source`; held: the same decoded, which took setup_s seconds."""
+
+    def __init__(self, config: E2eBench, source: Source, held: Resident | None, setup_s: float) -> None:
+        self.config, self.source, self.held, self.setup_s = config, source, held, setup_s
+
+    def trained(self, runtime: Runtime, loader: LoaderName, *, eager: bool = False) -> Contestant:
+        mode = "eager" if eager else self.config.mode
+        facts = {"loader": loader, "setup_s": self.setup_s if loader == "resident" else 0.0}
+        name = named(runtime.precision, mode, loader)
+        return watched.trained(name, runtime, self.config, self._batches(runtime, loader), mode=mode, facts=facts)
+
+    def parts(self, runtime: Runtime, loader: LoaderName) -> list[Contestant]:
+        """The loader alone and the step alone."""
+        config, batches = self.config, self._batches(runtime, loader)
+        views = 2 if config.stage == "pretrain" else 1
+        ready = watched.again_and_again(watched.shipped(batches, runtime, config, views))
+        name = f"{named(runtime.precision, config.mode, loader)}, step alone"
+        return [
+            watched.loaded(f"ours {loader}, loader alone", runtime, config, batches, views),
+            watched.trained(name, runtime, config, ready, mode=config.mode, rival=False, facts={"loader": "none"}),
+        ]
+
+    def _batches(self, runtime: Runtime, loader: LoaderName) -> watched.Batches:
+        data = DataConfig(threads=self.config.threads, loader=loader)
+        held = self.held if loader == "resident" else None
+        return watched.loading(self.source, held, runtime, self.config, data)
 
 
 def _theirs(config: E2eBench, source: Source, runtime: Runtime, workers: int, words: str) -> Contestant:
-    dataset = Files(source, baseline.transform(config.size))
+    policy = policy_of(config.stage, config.size)
+    if config.stage == "pretrain":
+        dataset = Files(source, baseline.transform(config.size))
+    else:
+        dataset = LabelledFiles(source, baseline.plain_transform(policy))
     loader = data_loader(dataset, config.batch, config.steps, workers, runtime)
-    return baseline.trained(
-        f"{baseline.title()} {words}",
-        runtime,
-        lambda: loader,
-        arch=config.arch,
-        size=config.size,
-        batch=config.batch,
-        seed=config.seed,
-        facts={"workers": workers},
-    )
+    name = f"{loop.title(config.stage)} {words}"
+    return loop.trained(name, runtime, config, lambda: loader, facts={"workers": workers})
 
 
 def _rate(contestant: Contestant) -> float:
     done = contestant.run()
     return round(done.images / done.seconds, 2)
+
+
+def _derived(rows: list[dict[str, Any]], config: E2eBench, loaders: int, beside: bool) -> list[dict[str, Any]]:
+    """e2e over what its two parts alone allow, round by round, of each loader. Rows in the order of bench_e2e."""
+    combined: Callable[[float, float], float] = max if beside else lambda loader, step: loader + step
+    found = []
+    for index, loader in enumerate(config.loaders):
+        part = len(rows) - 2 * (loaders - index)
+        times = zip(*(seconds_an_image(rows[k]) for k in (index, part, part + 1)), strict=True)
+        values = [combined(alone, step) / whole for whole, alone, step in times]
+        found.append({"name": f"{loader}: {_BESIDE if beside else _SERIAL}", **spread(values)})
+    return found

@@ -54,6 +54,17 @@ class Files(torch.utils.data.Dataset[Any]):
         return self._transform(self._read(self._paths[index]))
 
 
+class LabelledFiles(Files):
+    """The same with the labels of the source, (image, label)."""
+
+    def __init__(self, source: Source, transform: Callable[[Any], Any]) -> None:
+        super().__init__(source, transform)
+        self._labels: list[int] = source.labels.tolist()
+
+    def __getitem__(self, index: int) -> Any:
+        return super().__getitem__(index), self._labels[index]
+
+
 def data_loader(
     dataset: Files, batch: int, steps: int, workers: int, runtime: Runtime, *, persistent: bool = True
 ) -> torch.utils.data.DataLoader[Any]:

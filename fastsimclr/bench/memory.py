@@ -16,7 +16,7 @@ import torch
 
 Call = Callable[[], object]
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_PRELOAD = ["fastsimclr.bench.loss", "fastsimclr.bench.views", "fastsimclr.bench.lars"]
+_PRELOAD = ["fastsimclr.bench.loss", "fastsimclr.bench.views", "fastsimclr.bench.lars", "fastsimclr.bench.micro"]
 
 
 def peak_on_gpu(call: Call, device: torch.device) -> int:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import platform
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import numpy as np
 import torch
 
 from fastsimclr import checkpoint
-from fastsimclr.runlog import aligned
+from fastsimclr.bench.machine import clocks, machine
 from fastsimclr.runtime import Runtime, environment
 
 LOG = logging.getLogger("fastsimclr")
@@ -49,7 +47,9 @@ class Round:
 class Contestant:
     """One variant under measurement. `run` does one round; views: how many views of an image it makes.
 
-    facts: what a reader must know of it: precision, layout, parameters, time of set-up.
+    facts: what a reader must know of it: precision, layout, parameters, time of set-up. flops: of an image in a step,
+    0 where they are not counted. rival: False for a part of the work, of which no ratio is formed. prepare: what comes
+    before its first round, compiling and capturing; gives the seconds.
     """
 
     name: str
@@ -57,6 +57,9 @@ class Contestant:
     views: int
     run: Callable[[], Round]
     facts: dict[str, Any]
+    flops: int = 0
+    rival: bool = True
+    prepare: Callable[[], float] | None = None
 
 
 class Stopwatch:
@@ -108,20 +111,23 @@ def measure(contestants: Sequence[Contestant], rounds: int, device: torch.device
     """One row a contestant. All take turns, round by round; the first round is warm-up, reported and not counted."""
     turns: list[list[Round]] = [[] for _ in contestants]
     peaks = [0] * len(contestants)
+    prepared: list[dict[str, float]] = [{} for _ in contestants]
     for turn in range(rounds + 1):
         for index, contestant in enumerate(contestants):
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
+            if turn == 0 and contestant.prepare is not None:
+                prepared[index] = {"prepared_s": round(contestant.prepare(), 3)}
             done = contestant.run()
             turns[index].append(done)
             if device.type == "cuda":
                 peaks[index] = max(peaks[index], torch.cuda.max_memory_allocated(device))
             what = f"round {turn} of {rounds}" if turn else "warm-up"
             LOG.info("%s: %s: %.1f images/s", what, contestant.name, done.images / done.seconds)
-    return [_row(c, done, peak) for c, done, peak in zip(contestants, turns, peaks, strict=True)]
+    return [_row(*each) for each in zip(contestants, turns, peaks, prepared, strict=True)]
 
 
-def _row(contestant: Contestant, turns: list[Round], peak: int) -> dict[str, Any]:
+def _row(contestant: Contestant, turns: list[Round], peak: int, prepared: dict[str, float]) -> dict[str, Any]:
     warmup, *counted = turns
     rates = [turn.images / turn.seconds for turn in counted]
     steps = [step for turn in counted for step in turn.step_s]
@@ -131,18 +137,25 @@ def _row(contestant: Contestant, turns: list[Round], peak: int) -> dict[str, Any
     return {
         "name": contestant.name,
         "ours": contestant.ours,
+        "rival": contestant.rival,
         "views_per_image": contestant.views,
         "images_per_s": spread(rates),
         "views_per_s": spread([contestant.views * rate for rate in rates]) if contestant.views else None,
-        "step_ms": {"p50": 1e3 * float(np.percentile(steps, 50)), "p90": 1e3 * float(np.percentile(steps, 90))},
+        "step_ms": {f"p{share}": 1e3 * float(np.percentile(steps, share)) for share in (50, 90, 99)},
         "phase_ms": phases,
         "data_wait_pct": 100 * sum(turn.phase_s.get("wait", 0.0) for turn in counted) / seconds,
         "peak_memory_mib": peak / 2**20 or None,
+        "flops_per_image": contestant.flops or None,
         "loss": statistics.mean(losses) if losses else None,
-        "facts": contestant.facts,
+        "facts": contestant.facts | prepared,
         "warmup": asdict(warmup),
         "rounds": [asdict(turn) for turn in counted],
     }
+
+
+def seconds_an_image(row: dict[str, Any]) -> list[float]:
+    """Of each counted round."""
+    return [turn["seconds"] / turn["images"] for turn in row["rounds"]]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -153,11 +166,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """images/s of each of ours over each baseline of as many views, round by round: median and range."""
     found = []
-    for ours in (row for row in rows if row["ours"]):
-        alike = (row for row in rows if not row["ours"] and row["views_per_image"] == ours["views_per_image"])
+    rivals = [row for row in rows if row["rival"]]
+    for ours in (row for row in rivals if row["ours"]):
+        alike = (row for row in rivals if not row["ours"] and row["views_per_image"] == ours["views_per_image"])
         for other in alike:
-            pairs = zip(ours["rounds"], other["rounds"], strict=True)
-            values = [a["images"] / a["seconds"] * b["seconds"] / b["images"] for a, b in pairs]
+            pairs = zip(seconds_an_image(ours), seconds_an_image(other), strict=True)
+            values = [b / a for a, b in pairs]
             found.append({"ours": ours["name"], "baseline": other["name"], **spread(values)})
     return found
 
@@ -196,7 +210,8 @@ def frame(
         "bench": bench,
         "format": FORMAT,
         "kind": runtime.device.type,
-        "environment": facts | {"platform": platform.platform(), "versions": _versions()},
+        "environment": facts | machine(runtime.device),
+        "clocks": clocks(runtime.device),
         "config": config,
         "seed": config["seed"],
         "checks": checks,
@@ -214,74 +229,14 @@ def _losses_alike(rows: Sequence[dict[str, Any]]) -> tuple[bool, str]:
         return True, "nothing is trained"
     middle = statistics.median(first)
     alike = all(abs(loss - middle) <= 0.2 * middle for loss in first)
-    finite = all(math.isfinite(row["loss"]) for row in rows)
+    finite = all(math.isfinite(row["loss"]) for row in rows if row["loss"] is not None)
     verdict = (
         "all finite, comparable" if alike and finite else "FAILED, not finite or not comparable; no ratio is given"
     )
     return alike and finite, f"{verdict}; first steps {', '.join(f'{loss:.3f}' for loss in first)}"
 
 
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in ("torchvision", "triton", "lightly", "pillow", "simplejpeg"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
 def write(path: Path, result: Report) -> None:
     """The report as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(path, json.dumps(result, indent=1) + "\n")
-
-
-def heading(result: Report) -> list[str]:
-    """Bench, device and versions, in two lines."""
-    facts, rounds = result["environment"], result["config"].get("rounds", len(result["rows"][0]["rounds"]))
-    label = "GPU" if result["kind"] == "cuda" else "CPU figures, which say nothing of a GPU"
-    run = f"commit {facts['commit']}, seed {result['seed']}, {rounds} rounds in turn after a warm-up"
-    return [f"bench {result['bench']} on {facts['device']} ({label})", f"torch {facts['torch']}, {run}"]
-
-
-def table(result: Report) -> str:
-    """The report for people: one line a variant, then phases, ratios, checks and notes."""
-    head = ("variant", "images/s", "(range)", "views/s", "step p50 ms", "p90 ms", "data wait %", "peak MiB")
-    lines = [head]
-    for row in result["rows"]:
-        rate, views, peak = row["images_per_s"], row["views_per_s"], row["peak_memory_mib"]
-        lines.append(
-            (
-                row["name"],
-                f"{rate['median']:,.1f}",
-                f"({rate['min']:,.1f}-{rate['max']:,.1f})",
-                f"{views['median']:,.1f}" if views else "-",
-                f"{row['step_ms']['p50']:,.1f}",
-                f"{row['step_ms']['p90']:,.1f}",
-                f"{row['data_wait_pct']:.1f}",
-                f"{peak:,.0f}" if peak else "-",
-            )
-        )
-    phases = [
-        f"  {row['name']}: " + ", ".join(f"{key} {ms:.1f}" for key, ms in row["phase_ms"].items())
-        for row in result["rows"]
-        if len(row["phase_ms"]) > 2
-    ]
-    return "\n".join(
-        [
-            *heading(result),
-            "",
-            *aligned(lines),
-            *(["", "ms a step by phase", *phases] if phases else []),
-            *(["", "images/s, ours / baseline: median (range) over the rounds"] if result["ratios"] else []),
-            *(
-                f"  {r['ours']} / {r['baseline']}: {r['median']:.2f} ({r['min']:.2f}-{r['max']:.2f})"
-                for r in result["ratios"]
-            ),
-            "",
-            *(f"check: {key}: {f'{v:.3g}' if isinstance(v, float) else v}" for key, v in result["checks"].items()),
-            *(f"note: {note}" for note in result["notes"]),
-            f"note: peak memory of the process, all variants together: {result['process_peak_mib']:,.0f} MiB",
-        ]
-    )

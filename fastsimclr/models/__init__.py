@@ -13,7 +13,7 @@ from fastsimclr.models.network import (
     classifier_from,
     count_parameters,
 )
-from fastsimclr.models.norm import BatchNorm, average_running_statistics, set_groups
+from fastsimclr.models.norm import BatchNorm, average_running_statistics, set_fused, set_groups, statistics_of
 from fastsimclr.models.resnet import ResNet
 
 __all__ = [
@@ -35,5 +35,7 @@ __all__ = [
     "load_torchvision",
     "load_weights",
     "read_state",
+    "set_fused",
     "set_groups",
+    "statistics_of",
 ]

@@ -12,20 +12,43 @@ several ranks hold is put together from each part's mean, variance and share f o
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastsimclr.kernels.batch_norm import batch_norm
 from fastsimclr.kernels.gather import gather
 from fastsimclr.models.batch_groups import BatchGroups, Plan, plan_of
 
 PIECE_ELEMENTS = 2**18
 """Values that a CPU core works on at once, which its cache holds. More would also lose digits: torch sums float32
 values one by one."""
+
+
+_part: tuple[int, int] | None = (0, 1)  # which micro-batch of how many is normalised; None: one that leaves no trace
+
+
+@contextlib.contextmanager
+def statistics_of(part: int | None, parts: int = 1) -> Iterator[None]:
+    """What is normalised within is micro-batch `part` of the `parts` that make up one step; None: it leaves no trace.
+
+    After all of them in turn the running statistics are what the mean of the parts' statistics would have made of them:
+    with momentum m, part j of k = 0 .. k - 1 enters with (m / k) / (1 - (k - 1 - j) m / k). No trace is for a forward
+    pass of which there is another: gradient caching and activation checkpointing.
+    """
+    global _part
+    before, _part = _part, None if part is None else (part, parts)
+    try:
+        yield
+    finally:
+        _part = before
 
 
 def set_groups(network: nn.Module, groups: BatchGroups | None) -> None:
@@ -36,6 +59,13 @@ def set_groups(network: nn.Module, groups: BatchGroups | None) -> None:
     for module in network.modules():
         if isinstance(module, BatchNorm):
             module.groups = groups
+
+
+def set_fused(network: nn.Module, on: bool) -> None:
+    """Let every BatchNorm of `network` train by the fused kernels, where its groups do not cut a rank's batch."""
+    for module in network.modules():
+        if isinstance(module, BatchNorm):
+            module.fused = on
 
 
 def average_running_statistics(network: nn.Module, group: dist.ProcessGroup | None) -> None:
@@ -71,14 +101,15 @@ class BatchNorm(_BatchNorm):
     channels: C. bias: False leaves out the shift (last layer of the projection head). zero_gamma: the weight starts
     at 0, so that a residual block starts as its shortcut (Goyal et al. 2017, arXiv 1706.02677, section 5.1).
     Raises ValueError for an input of another rank and, in training, for one value per channel and group, and for a
-    batch that the groups do not divide.
+    batch that the groups do not divide. See statistics_of for passes that belong together.
     """
 
     groups: BatchGroups | None
+    fused: bool
 
     def __init__(self, channels: int, *, bias: bool = True, zero_gamma: bool = False) -> None:
         super().__init__(channels, eps=1e-5, momentum=0.1)
-        self.groups = None
+        self.groups, self.fused = None, False
         if not bias:
             self.register_parameter("bias", None)
         if zero_gamma:
@@ -91,18 +122,62 @@ class BatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """[N, C] or [N, C, H, W], of the same shape on all ranks -> the same."""
         groups = self.groups
-        if not self.training or groups is None or groups.plain:
+        if not self.training:
             return super().forward(input)
+        if self._fuses:
+            return self._by_kernels(input, None, relu=False)
         self._check_input_dim(input)
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        factor = self._counted()
+        if groups is None or groups.plain:
+            # With a factor of 0 they stay; left out, the backward pass would keep other tensors than without.
+            running = self.running_mean, self.running_var
+            return F.batch_norm(input, *running, self.weight, self.bias, True, factor, self.eps)
         native = groups.aligned and input.is_cuda
         normalise = _NormOfOneGroupOnCuda if native else _NormInGroups
         y: Tensor = normalise.apply(
             input, self.weight, self.bias, self.running_mean, self.running_var, factor, self.eps, groups
         )
         return y
+
+    def with_relu(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """relu(self(input) + residual): what follows BN in a residual block. residual: of input's shape and dtype."""
+        if self.training and self._fuses:
+            return self._by_kernels(input, residual, relu=True)
+        y: Tensor = self(input)
+        if residual is not None:
+            y += residual
+        return F.relu(y, inplace=True)
+
+    @property
+    def _fuses(self) -> bool:
+        return self.fused and (self.groups is None or self.groups.aligned)
+
+    def _by_kernels(self, input: Tensor, residual: Tensor | None, *, relu: bool) -> Tensor:
+        self._check_input_dim(input)
+        factor = self._counted()
+        assert self.running_mean is not None and self.running_var is not None
+        return batch_norm(
+            input,
+            self.weight,
+            self.bias,
+            residual=residual,
+            relu=relu,
+            running=None if _part is None else (self.running_mean, self.running_var),
+            factor=factor,
+            eps=self.eps,
+            group=None if self.groups is None else self.groups.exchange,
+            backend="fused",
+        )
+
+    def _counted(self) -> float:
+        """Count this batch; how far the running statistics move towards its own."""
+        if _part is None:
+            return 0.0
+        assert self.num_batches_tracked is not None
+        part, parts = _part
+        self.num_batches_tracked.add_(int(part == 0))
+        share = (1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum) / parts
+        return share / (1 - (parts - 1 - part) * share)
 
 
 class _NormInGroups(torch.autograd.Function):

@@ -4,12 +4,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from fastsimclr.models.norm import BatchNorm
+from fastsimclr.models.norm import BatchNorm, statistics_of
 from fastsimclr.models.selective_kernel import Conv, SelectiveKernel, ShortcutPool
 
 Arch = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200"]
@@ -46,10 +49,8 @@ class Basic(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, channels, H, W] -> [N, filters, H', W']."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = self.bn2(self.conv2(y))
-        y += shortcut
-        return F.relu(y, inplace=True)
+        y = self.bn1.with_relu(self.conv1(x))
+        return self.bn2.with_relu(self.conv2(y), shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -76,13 +77,10 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, channels, H, W] -> [N, 4 * filters, H', W']."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = self.conv2(y)
+        y = self.conv2(self.bn1.with_relu(self.conv1(x)))
         if self.bn2 is not None:
-            y = F.relu(self.bn2(y), inplace=True)
-        y = self.bn3(self.conv3(y))
-        y += shortcut
-        return F.relu(y, inplace=True)
+            y = self.bn2.with_relu(y)
+        return self.bn3.with_relu(self.conv3(y), shortcut)
 
 
 class MaxPoolSame(nn.Module):
@@ -105,6 +103,7 @@ class ResNet(nn.Module):
 
     arch: depth. width: multiplies every channel count, the stem's too (see base_channels). selective_kernels: as in
     SimCLRv2 (arXiv 2006.10029), with the ResNet-D stem and shortcuts. cifar_stem: 3x3 stride 1 and no max-pool.
+    checkpoint_blocks: keep the input of each block only, and compute the rest again in the backward pass.
     zero_gamma: the last BN of each block starts at 0. maxpool: "tf_same" is MaxPoolSame. project_first: a projection in
     the first block of the first group even where the shape stays. Input of a memory format gives maps of that format.
     Without selective_kernels and project_first the state is that of torchvision's networks, less `fc`.
@@ -144,12 +143,26 @@ class ResNet(nn.Module):
             groups.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = groups
         self.out_channels = channels
+        self.checkpoint_blocks = False
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, out_channels]."""
-        x: Tensor = self.maxpool(F.relu(self.bn1(self.conv1(x_NCHW)), inplace=True))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x: Tensor = self.maxpool(self.bn1.with_relu(self.conv1(x_NCHW)))
+        again = self.checkpoint_blocks and self.training and torch.is_grad_enabled()
+        for group in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for module in group if again else (group,):
+                x = _twice(module, x) if again else module(x)
         return x.mean((2, 3))
+
+
+def _twice(block: nn.Module, x: Tensor) -> Tensor:
+    """The block's output, computed again in the backward pass: BN's running statistics follow the first of the two."""
+
+    def contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        return contextlib.nullcontext(), statistics_of(None)
+
+    y: Tensor = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return y
 
 
 def stem(base: int, selective_kernels: bool, cifar: bool) -> nn.Module:

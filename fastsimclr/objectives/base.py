@@ -32,10 +32,27 @@ class Objective(nn.Module, ABC):
 
     views: int
     group: dist.ProcessGroup | None = None
+    joint = False
+    """Whether the loss compares the images of a batch with one another: `forward` is then `compare` of `embed`. The
+    others' loss is a mean over images, so that the mean over equal parts of a batch is that of the whole."""
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Of a joint objective, what its loss compares: [V·N, D] for images float [V·N, 3, S, S], view-major."""
+        raise NotImplementedError(f"{type(self).__name__} compares no images")
+
+    def compare(self, embedded: Tensor, labels: Tensor) -> Outcome:
+        """Of a joint objective, the outcome of what `embed` made of this rank's whole batch, [V·N, D]."""
+        raise NotImplementedError(f"{type(self).__name__} compares no images")
 
     @abstractmethod
     def forward(self, images: Tensor, labels: Tensor) -> Outcome:
         """images: float [V·N, 3, S, S], view-major. labels: int64 [N], -1 where there is none."""
+
+    def in_parts(self, labels: Tensor | None, parts: int) -> None:
+        """`forward` will see this rank's batch, with these labels, in equal `parts`, one a call; None: no longer.
+
+        For losses that divide by what they find in the batch, as by the number of its labels.
+        """
 
     @abstractmethod
     def loss_name(self, device: torch.device) -> str:

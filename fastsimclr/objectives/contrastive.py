@@ -20,6 +20,7 @@ class Contrastive(Objective):
     """
 
     views = 2
+    joint = True
 
     def __init__(self, network: SimCLRNet, *, temperature: float, scaling: Literal["paper", "google"]) -> None:
         super().__init__()
@@ -32,6 +33,14 @@ class Contrastive(Objective):
         return chosen("nt_xent", device)
 
     def forward(self, images: Tensor, labels: Tensor) -> Outcome:
-        _, projections = self.network(images)
-        result = nt_xent(projections, self.temperature, scaling=self.scaling, group=self.group)
+        return self.compare(self.embed(images), labels)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The projections of the views."""
+        projections: Tensor = self.network(images)[1]
+        return projections
+
+    def compare(self, embedded: Tensor, labels: Tensor) -> Outcome:
+        """NT-Xent of projections [2N, D]."""
+        result = nt_xent(embedded, self.temperature, scaling=self.scaling, group=self.group)
         return Outcome(loss=result.loss, metrics={"contrastive_top1": result.top1, "contrastive_top5": result.top5})

@@ -33,6 +33,7 @@ class Distillation(Objective):
         self.teacher = teacher.requires_grad_(False)
         self.temperature = temperature
         self.label_weight = label_weight
+        self._divisor: Tensor | None = None
 
     def train(self, mode: bool = True) -> Distillation:
         super().train(mode)
@@ -52,10 +53,18 @@ class Distillation(Objective):
         if self.label_weight > 0:
             labelled = (labels >= 0).to(student_NK.dtype)
             per_image = F.cross_entropy(student_NK, labels.clamp(min=0), reduction="none")
-            supervised = (per_image * labelled).sum() / self._labelled_per_rank(labelled)
+            supervised = (per_image * labelled).sum() / (
+                self._labelled_per_rank(labelled) if self._divisor is None else self._divisor
+            )
             loss = (1 - self.label_weight) * loss + self.label_weight * supervised
         agree = (student_NK.detach().argmax(dim=1) == teacher_NK.argmax(dim=1)).float().mean()
         return Outcome(loss=loss, metrics={"teacher_agreement": agree})
+
+    def in_parts(self, labels: Tensor | None, parts: int) -> None:
+        """A part's sum over its labelled images is divided by what the whole batch has of them, over the parts."""
+        self._divisor = None
+        if labels is not None and self.label_weight > 0:
+            self._divisor = self._labelled_per_rank((labels >= 0).float()) / parts
 
     def _labelled_per_rank(self, labelled: Tensor) -> Tensor:
         """How many labelled images a rank has on average: each counts the same, whichever rank it is on."""

@@ -43,6 +43,7 @@ def pretrain(setting: Setting, run: Path, resume: bool) -> dict[str, Any]:
         facts=network_facts(recipe.model, recipe.views.size),
         resume=resume,
         hooks=hooks,
+        sizes=config.sizes,
     )
     return write_result(setting, run, outcome, metrics={}, network=network)
 

@@ -58,6 +58,7 @@ def train(
     facts: dict[str, Any],
     resume: bool,
     hooks: Sequence[Hook] = (),
+    sizes: Sequence[tuple[float, int]] = (),
 ) -> Trained:
     """Train `objective` on `source` to the end of the schedule.
 
@@ -105,6 +106,7 @@ def train(
         facts={**facts, "seed": setting.recipe.seed, "optimizer": optim.name, **order},
         resume=resume,
         hooks=hooks,
+        sizes=sizes,
     )
     trainer = Trainer(setting.recipe.trainer, setting.runtime, job)
     last = trainer.fit()
@@ -119,7 +121,7 @@ def train(
             "views": chosen("views", setting.runtime.device),
             "loss": objective.loss_name(setting.runtime.device),
             "optimizer": getattr(trainer.job.optimizer, "implementation", f"{optim.name}.torch"),
-            "bn": bn_name(trainer.bn_groups, world),
+            "bn": bn_name(trainer.bn_groups, world, trainer.config.fused_bn),
         },
     )
 
@@ -131,9 +133,11 @@ def _begun_with(run: Path) -> dict[str, Any]:
     return facts
 
 
-def bn_name(groups: int, world: int) -> str:
+def bn_name(groups: int, world: int, fused: bool) -> str:
     """The implementation of BN in training, and in how many parts of the batch it takes statistics."""
     own = "torch" if groups == world else "fastsimclr"  # each rank has one part, to itself
+    if fused and world % groups == 0:  # no rank's batch is cut
+        own = "batch_norm.fused"
     return f"{own}, {groups} {'part' if groups == 1 else 'parts'} of the batch"
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fastsimclr.loaders import turbo
 from fastsimclr.loaders.batch import Batch, Ragged, offsets_of
-from fastsimclr.loaders.cut import Crops, as_cut, cut
+from fastsimclr.loaders.compiled import COMPILED
+from fastsimclr.loaders.cut import Crops, as_cut, copy_many, cut, cut_many
 from fastsimclr.loaders.data import DataConfig
 from fastsimclr.loaders.decode import Encoded
 from fastsimclr.loaders.draw import ViewParams
@@ -158,6 +159,8 @@ class _Decoding:
             self._buffer = opening.buffers.take(total, self._job.pin)
             self._flat, self._places = self._buffer.numpy(), self._offsets.numpy()
             self._starts = [*self._offsets.tolist(), total]
+        mapped: Callable[[Ints], tuple[Pixels, Ints] | None] | None = getattr(self._job.source, "mapped", None)
+        self._mapped = mapped(self._owners) if mapped is not None else None
         self._tasks = chunks(opening.pool, self._job, n, self._decode)
 
     def finish(self) -> Batch:
@@ -221,8 +224,10 @@ class _Decoding:
         return damaged
 
     def _left(self, start: int, stop: int) -> Iterable[int]:
-        """Those of rows start .. stop - 1 that are not decoded in one call as a run of plain JPEGs."""
+        """Those of rows start .. stop - 1 that one call for all of them does not decode, cut or copy."""
         rows = slice(start, stop)
+        if self._mapped is not None:
+            return self._left_of_pixels(*self._mapped, rows)
         files = self._files(rows) if turbo.AVAILABLE else None
         if files is None:
             return range(start, stop)
@@ -232,6 +237,16 @@ class _Decoding:
         else:
             left = turbo.crop_run(files, sizes, limit, self._cuts, self._boxes, rows)
         return [start + k for k in left]
+
+    def _left_of_pixels(self, memory: Pixels, starts: Ints, rows: slice) -> Iterable[int]:
+        if self._job.crops is not None:
+            cut_many(memory, starts, self._sizes, self._boxes, self._cuts, rows)
+            return ()
+        if COMPILED:
+            counts = 3 * self._sizes[rows].prod(axis=1, dtype=np.int64)
+            copy_many(memory, starts[rows], counts, self._flat, self._places[rows])
+            return ()
+        return range(rows.start, rows.stop)
 
     def _files(self, rows: slice) -> turbo.Spans | list[bytes] | None:
         spans: Callable[[Ints], turbo.Spans | None] | None = getattr(self._job.source, "spans", None)

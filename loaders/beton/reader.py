@@ -110,6 +110,13 @@ class BetonSource:
             file=self._handle.number, starts=self.starts[index], lengths=np.where(alone, 0, self.lengths[index])
         )
 
+    def mapped(self, ids: npt.ArrayLike) -> tuple[Pixels, Ints] | None:
+        """The mapped file, uint8, flat, and where in it pixels `ids` begin; None unless all lie decoded and checked."""
+        index = np.asarray(ids, dtype=np.int64)
+        if not self.raw[index].all() or (self._unchecked is not None and self._unchecked[index].any()):
+            return None
+        return self._map, self.starts[index]
+
     def expect(self, ids: npt.ArrayLike) -> None:
         """Have the system read ahead the pages of images `ids`, which in a quasi-random order come next as a whole."""
         pages = set((self.starts[np.asarray(ids, dtype=np.int64)] // self.page_bytes).tolist())

@@ -21,7 +21,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 # What some sources know beyond `Source`; see those for what each means.
-_OPTIONAL = ("pixel_sizes", "blocks", "verified", "whole_fits", "expect", "borrow", "spans")
+_OPTIONAL = ("pixel_sizes", "blocks", "verified", "whole_fits", "expect", "borrow", "spans", "mapped")
 
 
 def _frozen(values: npt.ArrayLike) -> Ints:
@@ -186,6 +186,11 @@ class Subset:
         """Where the JPEGs `ids` lie in an open file, where the base has such."""
         spans: Callable[[Ints], Spans | None] | None = getattr(self.base, "spans", None)
         return spans(self.indices[np.asarray(ids, dtype=np.int64)]) if spans else None
+
+    def mapped(self, ids: npt.ArrayLike) -> tuple[Pixels, Ints] | None:
+        """The memory in which the base has the pixels `ids` decoded, and where, where it has all of them so."""
+        mapped: Callable[[Ints], tuple[Pixels, Ints] | None] | None = getattr(self.base, "mapped", None)
+        return mapped(self.indices[np.asarray(ids, dtype=np.int64)]) if mapped else None
 
     @cached_property
     def _borrow(self) -> Callable[[int], bytes | memoryview | Pixels]:

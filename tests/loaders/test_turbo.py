@@ -13,10 +13,11 @@ import simplejpeg
 from PIL import Image
 
 from fastsimclr.loaders import turbo
+from fastsimclr.loaders.backends import native
 from fastsimclr.loaders.beton.pack import Packing, pack
 from fastsimclr.loaders.beton.reader import BetonSource
 from fastsimclr.loaders.beton.recode import Recoding
-from fastsimclr.loaders.cut import cut
+from fastsimclr.loaders.cut import copy_many, cut
 from fastsimclr.loaders.data import DataConfig
 from fastsimclr.loaders.decode import decode
 from fastsimclr.loaders.draw import Policy
@@ -182,3 +183,46 @@ def test_damage_is_judged_as_without_it(imagenet_samples: Path) -> None:
             taken += 1
             assert np.array_equal(image, decode(data, "x"))
     assert taken > 30
+
+
+@pytest.mark.parametrize("crops", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_decoded_pixels_are_taken_a_run_at_a_time(
+    crops: bool, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a packed file whose sums are checked in the first epoch, and from a part of it; as one by one."""
+    files = make_files(tmp_path, 6 * len(KINDS), [])
+    packing = Packing(recoding=Recoding(store="raw"), threads=1, max_bad_fraction=0.99)
+    pack(files, tmp_path / "a.beton", packing)
+    monkeypatch.setattr(native, "COMPILED", compiled)
+
+    def digest() -> list[object]:
+        beton = BetonSource(tmp_path / "a.beton")
+        loader = TrainLoader(
+            Subset(beton, range(1, 13)), DataConfig(threads=2, loader="native"), batch=4, seed=1, stop=9
+        )
+        if crops:
+            loader.cut(Policy(size=24, normalise="none"), 0, 2)
+        with loader:
+            found: list[object] = [
+                zlib.crc32(b"".join(batch.images.image(i).numpy().tobytes() for i in range(len(batch.images.offsets))))
+                for batch in loader
+            ]
+            assert beton.mapped([1, 2, 3]) is not None and beton.mapped([0, 1]) is None, "image 0 was never read"
+        return found
+
+    together = digest()
+    monkeypatch.setattr(native._Decoding, "_left", lambda self, start, stop: range(start, stop))
+    assert digest() == together
+
+
+def test_bytes_outside_of_their_memory_are_refused() -> None:
+    memory, out = np.arange(20, dtype=np.uint8), np.zeros(20, dtype=np.uint8)
+    one = np.array([3, 15]), np.array([5, 5]), np.array([0, 10])
+    copy_many(memory, one[0], one[1], out, one[2])
+    assert out[:5].tolist() == [3, 4, 5, 6, 7] and out[10:15].tolist() == [15, 16, 17, 18, 19] and not out[15:].any()
+    for k, value in ((0, 16), (0, -1), (1, 6), (1, -1), (2, 16), (2, -1)):
+        wrong = [array.copy() for array in one]
+        wrong[k][1] = value
+        with pytest.raises(ValueError, match="outside of their memory"):
+            copy_many(memory, wrong[0], wrong[1], out, wrong[2])

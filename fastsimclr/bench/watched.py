@@ -1,0 +1,275 @@
+"""The trainer under a stopwatch: it runs as it is, its phases marked from outside; and parts of its work alone."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsimclr.accumulate import Scale
+from fastsimclr.bench.flops import flops_per_image
+from fastsimclr.bench.ours import LR, networks_of, objective_of, optimizer_of, policy_of
+from fastsimclr.bench.record import LAST, Contestant, Round, Stopwatch
+from fastsimclr.bench.training_configs import Mode, StageBench
+from fastsimclr.feed import Feed, Shipment
+from fastsimclr.graphs import WARM_UP
+from fastsimclr.loaders import Batch, DataConfig, Policy, Resident, Source, TrainLoader
+from fastsimclr.meter import Meter
+from fastsimclr.models import count_parameters
+from fastsimclr.objectives import Distillation, Objective, Outcome
+from fastsimclr.optim import Schedule
+from fastsimclr.parallel import Step
+from fastsimclr.runlog import RunLog
+from fastsimclr.runtime import Runtime
+from fastsimclr.trainer import Job, Trainer, TrainerConfig
+
+Batches = Callable[[int, int], Iterable[Batch]]
+"""(start, stop) -> the batches of those steps."""
+READY = 4  # batches of ready-made views or images that a part of the work goes around
+_PREPARING: dict[Mode, int] = {"eager": 0, "compile": 2, "graph": WARM_UP + 1}  # steps; the last captures the graph
+
+
+class _Watched(Trainer):
+    """Fits its job again and again, one round a time; what it compiled or captured stays.
+
+    step_of: what makes its step in place of its own.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        runtime: Runtime,
+        job: Job,
+        watch: Stopwatch,
+        step_of: Callable[[Trainer], Step] | None,
+    ) -> None:
+        super().__init__(config, runtime, job)
+        self.losses: list[Tensor] = []
+        self._watch, self._make = watch, step_of
+        self._kept: Step | None = None
+
+    def again(self, batches: Iterable[Batch], steps: int, run: Path) -> None:
+        """Train `steps` steps from a standing start; `run` is an empty folder."""
+
+        def begin(start: int, stop: int) -> Iterable[Batch]:
+            self._watch.start()
+            return batches
+
+        schedule = replace(self.job.schedule, total_steps=steps)
+        self.step, self.job = 0, replace(self.job, run=run, batches=begin, schedule=schedule)
+        self.losses.clear()
+        self.fit()
+
+    def _step_of(self) -> Step:
+        if self._kept is None:
+            self._kept = super()._step_of() if self._make is None else self._make(self)
+        inner = self._kept
+
+        def step(images: Tensor, labels: Tensor, scale: Scale) -> Outcome:
+            self._watch.mark("views")
+            outcome = inner(images, labels, scale)
+            self.losses.append(outcome.loss)
+            return outcome
+
+        return step
+
+    def _train_step(self, step: Step, shipment: Shipment, policy: Policy, rate: float, meter: Meter) -> None:
+        self._watch.mark("wait")
+        super()._train_step(step, shipment, policy, rate, meter)
+
+    def _between_steps(self, log: RunLog, meter: Meter, rate: float, *, stopping: bool) -> Path | None:
+        self._watch.mark(LAST)  # records and checkpoints do not count
+        return super()._between_steps(log, meter, rate, stopping=stopping)
+
+
+def trained(
+    name: str,
+    runtime: Runtime,
+    config: StageBench,
+    batches: Batches,
+    *,
+    mode: Mode = "eager",
+    rival: bool = True,
+    settings: TrainerConfig | None = None,
+    step_of: Callable[[Trainer], Step] | None = None,
+    facts: dict[str, Any] | None = None,
+) -> Contestant:
+    """A contestant whose round is config.steps steps of Trainer.fit on `batches`: feed, views, loss and optimizer.
+
+    Of several ranks config.batch is the share of each. mode "graph" has one phase, graph, in place of forward, loss and
+    backward. settings: of the trainer, beside mode. step_of: of a trainer that is ready, the step in place of its own.
+    """
+    objective = objective_of(config)
+    flops = flops_per_image(networks_of(objective), config.size, objective.views)
+    parameters = count_parameters(networks_of(objective)[0])
+    runtime.place(objective)
+    global_batch = config.batch * runtime.ranks.world
+    optimizer, optimizer_name = optimizer_of(config, objective, global_batch)
+    watch = Stopwatch(runtime.device)
+    _mark_phases(objective, optimizer, watch, mode)
+    job = Job(
+        stage="bench",
+        run=Path(),
+        objective=objective,
+        optimizer=optimizer,
+        schedule=Schedule(peak=LR, warmup_steps=0, total_steps=config.steps),
+        batches=batches,
+        policy=policy_of(config.stage, config.size),
+        batch=global_batch,
+        seed=config.seed,
+        fingerprint="",
+        recipe="",
+        facts={},
+        resume=False,
+    )
+    many = 2**40  # steps between records and checkpoints: there is one of each, at the end of a round
+    trainer = _Watched(
+        replace(
+            settings or TrainerConfig(),
+            log_every_steps=many,
+            checkpoint_every_steps=many,
+            keep_checkpoints=1,
+            compile=mode == "compile",
+            cuda_graph=mode == "graph",
+        ),
+        runtime,
+        job,
+        watch,
+        step_of,
+    )
+    done = 0
+
+    def fit(steps: int) -> Round:
+        nonlocal done
+        coming = batches(done, done + steps)  # on through the epochs: no two rounds see the same views
+        done += steps
+        with tempfile.TemporaryDirectory() as folder:
+            trainer.again(coming, steps, Path(folder))
+        return watch.round(config.batch, trainer.losses)
+
+    def prepare() -> float:
+        start = time.perf_counter()
+        fit(_PREPARING[mode])
+        return time.perf_counter() - start
+
+    known = {
+        "precision": runtime.precision,
+        "channels_last": runtime.channels_last,
+        "mode": mode,
+        "parameters": parameters,
+        "optimizer": optimizer_name,
+    }
+    return Contestant(
+        name=name,
+        ours=True,
+        views=objective.views,
+        run=lambda: fit(config.steps),
+        facts=known | (facts or {}),
+        flops=flops,
+        rival=rival,
+        prepare=prepare if _PREPARING[mode] else None,
+    )
+
+
+def _mark_phases(objective: Objective, optimizer: torch.optim.Optimizer, watch: Stopwatch, mode: Mode) -> None:
+    if mode != "graph":  # in a graph nothing of Python runs
+        student, *teachers = networks_of(objective)
+        for teacher in teachers:
+            teacher.register_forward_hook(lambda *_: watch.mark("teacher"))
+        student.register_forward_hook(lambda *_: watch.mark("forward"))
+        objective.register_forward_hook(lambda *_: watch.mark("loss"))
+    optimizer.register_step_pre_hook(lambda *_: watch.mark("graph" if mode == "graph" else "backward"))
+    optimizer.register_step_post_hook(lambda *_: watch.mark("optimizer"))
+
+
+def loading(
+    source: Source, resident: Resident | None, runtime: Runtime, config: StageBench, data: DataConfig
+) -> Batches:
+    """The rank's batches of `source` by the loader of `data`, or out of `resident`, where it is held."""
+    ranks = runtime.ranks
+
+    def batches(start: int, stop: int) -> Iterable[Batch]:
+        return TrainLoader(
+            source,
+            data,
+            batch=config.batch * ranks.world,
+            seed=config.seed,
+            start=start,
+            stop=stop,
+            rank=ranks.rank,
+            world=ranks.world,
+            resident=resident,
+            pin=runtime.device.type == "cuda",
+        )
+
+    return batches
+
+
+def shipped(batches: Batches, runtime: Runtime, config: StageBench, views: int) -> list[Shipment]:
+    """The first READY batches on the device, drawn, as the trainer gets them."""
+    policy = policy_of(config.stage, config.size)
+    with Feed(batches(0, READY), policy, seed=config.seed, views=views, runtime=runtime) as feed:
+        return list(feed)
+
+
+def again_and_again(shipments: Sequence[Shipment]) -> Batches:
+    """These, in turn, as batches that need no loading, no draws and no copies."""
+    ready = [
+        Batch(
+            images=shipment.images,
+            params=shipment.params,
+            ids=shipment.ids,
+            labels=shipment.labels,
+            epochs=torch.zeros_like(shipment.ids),
+            sizes=torch.zeros((len(shipment.ids), 2), dtype=torch.int32),
+        )
+        for shipment in shipments
+    ]
+    return lambda start, stop: list(itertools.islice(itertools.cycle(ready), stop - start))
+
+
+def loaded(name: str, runtime: Runtime, config: StageBench, batches: Batches, views: int) -> Contestant:
+    """The loader and the feed alone, from a standing start: shipments on the device with which nothing is done."""
+    policy, watch, done = policy_of(config.stage, config.size), Stopwatch(runtime.device), 0
+
+    def run() -> Round:
+        nonlocal done
+        watch.start()
+        coming = batches(done, done + config.steps)
+        done += config.steps
+        with Feed(coming, policy, seed=config.seed, views=views, runtime=runtime) as feed:
+            for _ in feed:
+                watch.mark(LAST)
+        return watch.round(config.batch)
+
+    return Contestant(name=name, ours=True, views=0, run=run, facts={}, rival=False)
+
+
+def teacher_forward(name: str, runtime: Runtime, config: StageBench, shipments: Sequence[Shipment]) -> Contestant:
+    """The forward pass alone of a distillation's teacher, on ready-made views."""
+    objective = objective_of(config)
+    assert isinstance(objective, Distillation)
+    teacher = objective.teacher.eval()
+    flops = flops_per_image([teacher], config.size, objective.views)
+    runtime.place(teacher)
+    policy, watch = policy_of(config.stage, config.size), Stopwatch(runtime.device)
+    ready = [shipment.views(policy, runtime.view_dtype) for shipment in shipments]
+
+    def run() -> Round:
+        watch.start()
+        for views in itertools.islice(itertools.cycle(ready), config.steps):
+            with torch.no_grad(), runtime.autocast():
+                teacher(views)
+            watch.mark(LAST)
+        return watch.round(config.batch)
+
+    facts = {"precision": runtime.precision, "channels_last": runtime.channels_last, "mode": "eager"}
+    views = objective.views
+    return Contestant(name=name, ours=True, views=views, run=run, facts=facts, flops=flops, rival=False)
