@@ -27,7 +27,8 @@ def freed_memory_kept(device: torch.device) -> Iterator[None]:
         yield
         return
     for parameter, value in _KEPT.items():
-        libc.mallopt(parameter, value)
+        if not libc.mallopt(parameter, value):  # glibc before 2.35 takes thresholds of up to 32 MiB
+            libc.mallopt(parameter, _USUAL[parameter])
     try:
         yield
     finally:

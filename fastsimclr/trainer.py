@@ -54,17 +54,17 @@ class TrainerConfig:
     """Which images of the global batch share BN statistics in training: all of them (global), those of one machine
     (node), those of one rank (rank), or that many equal parts of the batch. A resumed run keeps its number of parts."""
     micro_batch: int | None = None
-    """Images that a rank takes through the network at once, a divisor of its share of the batch; null, or that many and
-    more: all of it. The gradient stays that of the whole batch: where the loss compares its images, for one forward
-    pass more (gradient caching). BN sees a micro-batch of all ranks instead of the batch, which bn_groups then divides.
-    """
+    """Images that a rank takes through the network at once; null, or as many as its share of the batch and more: all of
+    it. A divisor of the share; where the loss does not compare images, the largest up to this. The gradient stays that
+    of the whole batch: where it does compare them, for one forward pass more (gradient caching). BN sees a micro-batch
+    of all ranks instead of the batch, which bn_groups then divides."""
     checkpoint_activations: bool = False
     """Keep what enters each residual block only, and compute the rest again in the backward pass: less memory, for a
     third more time."""
     compile: bool = False
     """Compile the encoder by torch.compile, which takes a minute or more at the start. With micro_batch it does not."""
     cuda_graph: bool = False
-    """CUDA only: replay forward and backward pass as one graph, where launching them takes longer than they do."""
+    """On one CUDA device: replay forward and backward pass as a graph, for networks that launching slows down."""
     fused_bn: bool = False
     """CUDA only: train BN, the sum with the shortcut and ReLU by Triton kernels, where bn_groups does not cut a rank's
     batch. Not measured on a GPU yet, so off."""
@@ -85,6 +85,10 @@ class TrainerConfig:
                     f"trainer.{key}=True is for a whole batch at once, not for"
                     f" trainer.micro_batch={self.micro_batch}; leave one of them out"
                 )
+        if self.compile and self.checkpoint_activations:
+            raise ValueError(
+                "trainer.compile=True and trainer.checkpoint_activations=True exclude each other; leave one of them out"
+            )
         if not 0 < self.timeout_s < math.inf:
             raise ValueError(f"trainer.timeout_s={self.timeout_s} must be greater than 0 and finite")
 
@@ -272,8 +276,15 @@ class Trainer:
         config, job = self.config, self.job
         if config.cuda_graph and self.runtime.device.type != "cuda":
             raise ValueError(f"trainer.cuda_graph=True is for CUDA devices, not {self.runtime.device}; leave it out")
+        if config.cuda_graph and self.ranks.world > 1:
+            raise ValueError(
+                f"trainer.cuda_graph=True is for one rank, not {self.ranks.world}: it was never tried with several;"
+                " leave it out"
+            )
         share = job.batch // self.ranks.world
         self.micro = config.micro_batch if config.micro_batch is not None and config.micro_batch < share else None
+        if self.micro is not None and not job.objective.joint:  # its parts are no matter of the loss
+            self.micro = max(size for size in range(1, self.micro + 1) if share % size == 0)
         if self.micro is not None and share % self.micro:
             raise ValueError(
                 f"trainer.micro_batch={config.micro_batch} does not divide the {share} images that a rank has of"
@@ -364,6 +375,10 @@ class Trainer:
         state["facts"].setdefault("order", "random")  # nor these, when there was no other
         state["facts"].setdefault("micro_batch", None)
         state["facts"].setdefault("sizes", [])
+        if self.micro is not None and self.ranks.world > 1:
+            logger.info(
+                "%s: at another number of ranks other images share a micro-batch, and with it BN statistics", job.stage
+            )
         if isinstance(self.config.bn_groups, str) and begun != self.bn_groups:
             logger.info("%s: BN keeps the %d parts of the batch that the run began with", job.stage, begun)
             self.bn_groups = begun

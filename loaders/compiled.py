@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import logging
+from collections.abc import Callable
 from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,10 @@ def _compiled() -> Any:
 def _turbo_jpeg() -> Any:
     """Four functions of libturbojpeg (1.5 or later), as jpeg.c takes them, or None."""
     names = ("tjInitDecompress", "tjDecompressHeader3", "tjDecompress2", "tjDestroy")
-    for file in ("libturbojpeg.so.0", find_library("turbojpeg")):
+    finders: tuple[Callable[[], str | None], ...] = (lambda: "libturbojpeg.so.0", lambda: find_library("turbojpeg"))
+    for find in finders:  # the second starts processes
         try:
-            library = ctypes.CDLL(file) if file else None
+            library = ctypes.CDLL(find() or "libturbojpeg.so")
             functions = [ctypes.cast(getattr(library, name), ctypes.c_void_p) for name in names]
         except (OSError, AttributeError):
             continue

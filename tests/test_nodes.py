@@ -119,7 +119,7 @@ class Process:
                 os.kill(pid, signal.SIGKILL)
         return moment
 
-    def end(self, timeout_s: float = 150) -> str:
+    def end(self, timeout_s: float = 300) -> str:
         """What it said; it must succeed."""
         try:
             code = self.process.wait(timeout_s)
@@ -161,7 +161,7 @@ def _ended(pid: int) -> bool:
         return True
 
 
-def wait_until(happened: Callable[[], object], *processes: Process, timeout_s: float = 150) -> None:
+def wait_until(happened: Callable[[], object], *processes: Process, timeout_s: float = 300) -> None:
     """Wait for it; every process must go on meanwhile."""
     until = time.monotonic() + timeout_s
     while not happened():

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ def worst_error(results: list[dict[str, Tensor]], expected: dict[str, Tensor]) -
     for key in ("mean", "var"):
         assert all(torch.equal(result[key], results[0][key]) for result in results)
         errors.append(float((results[0][key] - expected[key]).abs().max() / expected[key].abs().max()))
+    assert all(map(math.isfinite, errors))  # max overlooks NaN
     return max(errors)
 
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -202,6 +203,7 @@ def error(record: Record, expected: Record) -> float:
             errors.append(float((found[key] - value).abs().max() / value.abs().max().clamp(min=1e-3)))
     for key, number in expected.metrics.items():
         assert record.metrics[key] == pytest.approx(number, abs=1e-6)
+    assert all(map(math.isfinite, errors))  # max overlooks NaN
     return max(errors)
 
 

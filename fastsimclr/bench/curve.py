@@ -1,4 +1,4 @@
-"""The curve bench: does training in the automatic precision go as in float32, as near as one run comes to the next?"""
+"""The curve bench: does training in the automatic precision go as in float32, nearer than with another seed?"""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ def bench_curve(config: CurveBench) -> Report:
     """
     config = config.at_smoke_size()
     plain, tested = choose_runtime(config.device, "fp32", True), choose_runtime(config.device, config.precision, True)
+    if tested.precision == plain.precision:
+        raise ValueError(
+            f"precision={config.precision} is {plain.precision} here, which is compared with itself; use bf16"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         source, what = open_files(config.root, config.images, config.side, config.seed, Path(scratch))
         runs = [
@@ -53,7 +57,9 @@ def bench_curve(config: CurveBench) -> Report:
     checks = {
         "images": what,
         "mean distance of the smoothed curves from float32's": distance,
-        "the same of other seeds in float32 (noise)": noise,
+        f"its mean loss less float32's, last {WINDOW} steps": statistics.mean(near[-WINDOW:])
+        - statistics.mean(first[-WINDOW:]),
+        "the mean distance of other weights, order and views in float32 (noise)": noise,
         "verdict": "within noise" if distance <= min(noise) else "OUTSIDE noise",
     }
     report = frame("curve", asdict(config), tested, [], [], checks=checks, notes=())

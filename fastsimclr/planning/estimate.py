@@ -107,7 +107,9 @@ def at_once(step: StepPlan, trainer: TrainerConfig, cluster: Cluster) -> tuple[i
             f" use {max(step.batch - step.batch % cluster.gpus, cluster.gpus)}, or another number of GPUs"
         )
     share = step.batch // cluster.gpus
-    micro = trainer.micro_batch or share
+    micro = min(trainer.micro_batch or share, share)
+    if step.views == 1:  # a loss that compares no images
+        micro = max(size for size in range(1, micro + 1) if share % size == 0)
     if share % micro:
         raise ValueError(
             f"trainer.micro_batch={micro} does not divide the {share} images that a GPU has of batch={step.batch};"
@@ -158,7 +160,7 @@ def step_time(
         norm_s=0.0 if step.frozen else norm_s(counted, shares_of(trainer, cluster), forwards, cluster) * passes,
         gather_s=gather,
         input_s=0.0 if loader_images_s is None else step.batch / cluster.nodes / loader_images_s,
-        overlapped=trainer.micro_batch is None,
+        overlapped=passes == 1,
     )
 
 

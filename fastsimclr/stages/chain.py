@@ -76,7 +76,9 @@ def _done(out: Path) -> Results:
 def _claim(recipe: Recipe, out: Path) -> None:
     path, text = out / "recipe.yaml", dump_recipe(recipe)
     begun = any((out / stage / "recipe.yaml").is_file() for stage in STAGES)
-    if begun and path.is_file() and (changes := checkpoint.differences(path.read_text(), text)):
+    changes = checkpoint.differences(path.read_text(), text) if begun and path.is_file() else []
+    changes = [change for change in changes if not change.startswith("trainer.")]  # which the stages look at themselves
+    if changes:
         raise FileExistsError(
             f"{out} holds a run of another recipe ({'; '.join(changes[:3])});"
             " give the same settings to go on, or another --out"

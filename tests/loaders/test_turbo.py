@@ -17,6 +17,7 @@ from fastsimclr.loaders.backends import native
 from fastsimclr.loaders.beton.pack import Packing, pack
 from fastsimclr.loaders.beton.reader import BetonSource
 from fastsimclr.loaders.beton.recode import Recoding
+from fastsimclr.loaders.compiled import COMPILED
 from fastsimclr.loaders.cut import copy_many, cut
 from fastsimclr.loaders.data import DataConfig
 from fastsimclr.loaders.decode import decode
@@ -28,7 +29,8 @@ from tests.loaders.test_cut import smooth
 
 Pixels = npt.NDArray[np.uint8]
 MOST = 10_000_000
-pytestmark = pytest.mark.skipif(not turbo.AVAILABLE, reason="libturbojpeg or a C compiler is missing")
+needs_turbo = pytest.mark.skipif(not turbo.AVAILABLE, reason="libturbojpeg or a C compiler is missing")
+needs_compiler = pytest.mark.skipif(not COMPILED, reason="a C compiler is missing")
 
 
 def jpeg(pixels: Pixels, **keys: object) -> bytes:
@@ -51,6 +53,7 @@ def run(files: list[bytes], sizes: npt.NDArray[np.int32], most: int = MOST) -> t
     return left, images
 
 
+@needs_turbo
 def test_the_same_pixels_for_each_sampling() -> None:
     files = [
         jpeg(smooth(31 + k, 50 - k, k), subsampling=subsampling, progressive=progressive)
@@ -62,6 +65,7 @@ def test_the_same_pixels_for_each_sampling() -> None:
     assert all(np.array_equal(image, decode(file, "x")) for image, file in zip(images, files, strict=True))
 
 
+@needs_turbo
 def test_the_same_pixels_of_real_photographs(imagenet_samples: Path) -> None:
     files = [path.read_bytes() for path in sorted(imagenet_samples.iterdir())[:60]]
     left, images = run(files, sizes_of(files))
@@ -70,6 +74,7 @@ def test_the_same_pixels_of_real_photographs(imagenet_samples: Path) -> None:
         assert k in left or np.array_equal(images[k], decode(file, "x"))
 
 
+@needs_turbo
 def test_what_is_not_plain_and_sound_is_left() -> None:
     pixels = smooth(40, 52, 0)
     cmyk, png = io.BytesIO(), io.BytesIO()
@@ -87,6 +92,7 @@ def test_what_is_not_plain_and_sound_is_left() -> None:
     assert run(files, sizes, 40 * 52 - 1)[0] == [0, 1, 2, 3, 4, 5, 6, 7], "too many pixels"
 
 
+@needs_turbo
 def test_crops_are_those_of_single_ones() -> None:
     files = [jpeg(smooth(60 + k, 90 - k, k)) for k in range(7)]
     sizes = sizes_of(files)
@@ -123,6 +129,7 @@ def test_packed_files_are_read_from_their_places(tmp_path: Path) -> None:
     assert Subset(files, [0]).spans([0]) is None
 
 
+@needs_turbo
 @pytest.mark.parametrize("crops", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_batches_are_the_same_without_it(
@@ -165,6 +172,7 @@ def test_batches_are_the_same_without_it(
     assert digest() == with_it and not calls
 
 
+@needs_turbo
 def test_damage_is_judged_as_without_it(imagenet_samples: Path) -> None:
     """300 files damaged in any place: what a run takes, strict decoding takes as well, and to the same pixels."""
     random = np.random.default_rng(3)
@@ -186,7 +194,7 @@ def test_damage_is_judged_as_without_it(imagenet_samples: Path) -> None:
 
 
 @pytest.mark.parametrize("crops", [False, True])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
 def test_decoded_pixels_are_taken_a_run_at_a_time(
     crops: bool, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +203,10 @@ def test_decoded_pixels_are_taken_a_run_at_a_time(
     packing = Packing(recoding=Recoding(store="raw"), threads=1, max_bad_fraction=0.99)
     pack(files, tmp_path / "a.beton", packing)
     monkeypatch.setattr(native, "COMPILED", compiled)
+    calls: list[str] = []
+    for name in ("cut_many", "copy_many"):
+        really = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *a, name=name, really=really: (calls.append(name), really(*a))[1])
 
     def digest() -> list[object]:
         beton = BetonSource(tmp_path / "a.beton")
@@ -212,10 +224,12 @@ def test_decoded_pixels_are_taken_a_run_at_a_time(
         return found
 
     together = digest()
+    assert set(calls) == ({"cut_many"} if crops else {"copy_many"} if compiled else set())
     monkeypatch.setattr(native._Decoding, "_left", lambda self, start, stop: range(start, stop))
     assert digest() == together
 
 
+@needs_compiler
 def test_bytes_outside_of_their_memory_are_refused() -> None:
     memory, out = np.arange(20, dtype=np.uint8), np.zeros(20, dtype=np.uint8)
     one = np.array([3, 15]), np.array([5, 5]), np.array([0, 10])
