@@ -143,7 +143,8 @@ class Job:
 class Trainer:
     """Runs a job from step 0, or from its newest checkpoint, to the schedule's end. Every rank runs one.
 
-    bn_groups: in how many parts of the global batch BN takes its statistics.
+    bn_groups: in how many parts of the global batch BN takes its statistics. micro: images of a rank at once; None is
+    all.
     """
 
     def __init__(self, config: TrainerConfig, runtime: Runtime, job: Job) -> None:
@@ -154,6 +155,7 @@ class Trainer:
         self.step = 0
         self.trained_s = 0.0
         self.last: dict[str, float] = {}
+        self.micro: int | None = None
         self._prepare()
 
     def fit(self) -> dict[str, float]:

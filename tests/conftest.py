@@ -27,6 +27,8 @@ import torch
 VARIABLE = "FASTSIMCLR_TEST_DATA"
 REQUIRE = "FASTSIMCLR_REQUIRE_LOADERS"
 FILES = ("cifar10-jpeg.tar.xz", "google-simclr-oracle.npz", "imagenet-samples.tar", "tf-checkpoints.tar.xz")
+WAITING = ("test_nodes.py", "test_torchrun.py", "test_slurm.py", "test_resume.py")
+"""They start processes and wait for them: first, so that they do not stand alone at the end."""
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 # Where there is no GPU the fused kernels run in Triton's interpreter, which must be chosen before triton is imported.
@@ -69,6 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             config.stash[LEFT_OUT][reason] = len(left_out)
             config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if item not in left_out]
+    items.sort(key=lambda item: item.path.name not in WAITING)
     if hasattr(config, "workeroutput"):  # a process of pytest-xdist
         config.workeroutput["left out"] = config.stash[LEFT_OUT]
 

@@ -216,7 +216,7 @@ def test_garbage_waits_for_the_log(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
 def test_freed_memory_is_kept_within_the_loop_only(tmp_path: Path) -> None:
-    """By page faults: 48 MiB that are freed and taken again are faulted in anew where they are not kept."""
+    """By page faults: 48 MiB, freed and taken again five times."""
 
     def faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -231,7 +231,7 @@ def test_freed_memory_is_kept_within_the_loop_only(tmp_path: Path) -> None:
     libc.malloc_trim(0)
     usual, within = faults(), list[int]()
     fit(job(tmp_path, hooks=(At(2, faults), At(3, faults), At(4, lambda: within.append(faults())))))
-    assert within[0] < usual / 5
-    assert faults() > usual / 2
+    assert within[0] < usual / 10
+    assert faults() > usual / 6, "given back: one of the five comes anew"
     with freed_memory_kept(torch.device("meta")):
         assert faults() > usual / 2
