@@ -17,30 +17,24 @@ ROOT = Path(__file__).resolve().parents[2]
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 
-@pytest.fixture(scope="module", params=ahead.FUSED)
-def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """What each kernel of a package needs on each architecture; in a process that does not interpret kernels."""
+@pytest.mark.parametrize("package", ahead.FUSED)
+def test_nothing_spills_and_everything_fits(package: str) -> None:
+    """Of each kernel on each architecture, in a process that does not interpret kernels; products use tensor cores."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fastsimclr.kernels.ahead", "--json", request.param]
+    command = [sys.executable, "-m", "fastsimclr.kernels.ahead", "--json", package]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def test_nothing_spills_and_everything_fits(compiled: list[dict[str, Any]]) -> None:
+    compiled: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["architecture"] for row in compiled} == set(ahead.ARCHITECTURES)
     shared = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have: CUDA C guide, table of limits
     for row in compiled:
         assert row["spills"] == row["stack"] == 0, row
         assert row["shared"] <= shared[row["architecture"]], row
         assert row["registers"] * 32 * row["warps"] <= 65536, row
-
-
-def test_the_products_of_the_loss_run_on_tensor_cores(compiled: list[dict[str, Any]]) -> None:
     products = [row for row in compiled if row["tensor_cores"]]
     for row in products:
         assert TENSOR_CORES[row["architecture"]] in row["tensor_cores"], row
-    if compiled[0]["name"].startswith("nt_xent"):
+    if package == "nt_xent":
         kinds = {row["name"].split()[0] for row in products}
         assert {"nt_xent.forward", "nt_xent.backward"} <= kinds
 
