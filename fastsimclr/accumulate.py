@@ -3,7 +3,7 @@
 A loss that is a mean over images is the mean of its parts'. One that compares the images of a batch needs gradient
 caching (Gao et al. 2021, arXiv 2101.06983): all micro-batches are embedded without a graph, the loss of all embeddings
 gives the gradient of each, and each micro-batch goes through the network again to meet its own. That is exact, and
-costs one forward pass more.
+costs one forward pass more. What a loss compares embeddings with besides (`Objective.contrasts`) is computed once.
 
 BN takes its statistics over one micro-batch, of all ranks that share them (`trainer.bn_groups` divides it as it would
 divide the batch), in both passes the same; its running statistics follow the second, as if the micro-batches were
@@ -67,16 +67,23 @@ def _parts(images: Tensor, n: int, micro: int) -> list[tuple[Tensor, slice]]:
 def _joint(
     objective: Objective, parts: list[tuple[Tensor, Tensor]], labels: Tensor, scale: Scale, autocast: Autocast
 ) -> Outcome:
-    with torch.no_grad(), statistics_of(None), autocast():
-        embedded = [objective.embed(images) for images, _ in parts]
     views = len(parts[0][0]) // len(parts[0][1])
-    split = [one.view(views, -1, one.shape[1]) for one in embedded]
-    leaf_VND = torch.cat(split, dim=1).requires_grad_()
+    contrasts, embedded = list[Tensor](), list[Tensor]()
+    with torch.no_grad(), autocast():
+        for k, (images, _) in enumerate(parts):
+            with statistics_of(k, len(parts)):
+                found = objective.contrasts(images)
+            contrasts += [] if found is None else [found.view(views, -1, found.shape[1])]
+            with statistics_of(None):
+                one = objective.embed(images)
+            embedded.append(one.view(views, -1, one.shape[1]))
+    leaf_VND = torch.cat(embedded, dim=1).requires_grad_()
     with autocast():
-        outcome = objective.compare(leaf_VND.flatten(0, 1), labels)
+        whole = torch.cat(contrasts, dim=1).flatten(0, 1) if contrasts else None
+        outcome = objective.compare(leaf_VND.flatten(0, 1), labels, whole)
     scale(outcome.loss).backward()  # type: ignore[no-untyped-call]
     assert leaf_VND.grad is not None
-    wanted = torch.split(leaf_VND.grad, [one.shape[1] for one in split], dim=1)
+    wanted = torch.split(leaf_VND.grad, [one.shape[1] for one in embedded], dim=1)
     for k, ((images, _), gradient_VND) in enumerate(zip(parts, wanted, strict=True)):
         with statistics_of(k, len(parts)), autocast():
             again = objective.embed(images)

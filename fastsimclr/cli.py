@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -19,6 +19,7 @@ from fastsimclr import stages
 from fastsimclr.checkpoint import write_text
 from fastsimclr.launch import Launch, launched
 from fastsimclr.loaders.data import LoaderName
+from fastsimclr.models.foreign import is_foreign
 from fastsimclr.models.resnet import Arch
 from fastsimclr.recipe import Recipe, add_recipe_arguments, check_sections, parse_recipe, recipe_from, recipe_keys
 from fastsimclr.stopping import Stopped
@@ -30,6 +31,11 @@ _CONFIG_HELP = (
     " --teacher, else folder.yaml where --data.root is given, else digits.yaml."
 )
 
+_TEACHER_HELP = (
+    "Teacher's run; its recipe holds. Several: their mean. timm:NAME, torchvision:NAME: a library's network, with its"
+    " own weights or those of NAME@FILE."
+)
+
 _COMMANDS = {
     "pretrain": "Contrastive pretraining on all images.",
     "linear": "Linear evaluation of a pretrained network.",
@@ -37,12 +43,16 @@ _COMMANDS = {
     "finetune": "Fine-tune a pretrained network on the labels.",
     "supervised": "The baseline: the same network from scratch on the same labels.",
     "distill": "Distill a fine-tuned network into a student.",
+    "study": "Many trainings that differ in one thing: labels, augment, batch, head, size or transfer.",
+    "evaluate": "Every published protocol on a pretrained network, or the whole report on a classifier; one table.",
     "run": "All of them in a row; the same command again goes on where it stopped.",
     "demo": "The whole chain on embedded images, in a few minutes on a CPU.",
     "import-tf": "Google's TensorFlow checkpoint as a run folder.",
     "export": "The weights of a run for torchvision, as safetensors or as ONNX.",
     "embed": "Features of a folder of images, to .npy or Parquet.",
     "predict": "Classes of a folder of images, to CSV.",
+    "detect": "Fine-tune a pretrained encoder to find objects: Faster R-CNN, COCO's format.",
+    "segment": "Fine-tune a pretrained encoder to segment images: FCN, masks as PNG.",
     "pack": "Any data set as one .beton file, which is read fastest.",
     "inspect": "What a .beton file holds; a contact sheet; a check of every image.",
     "index": "The index.json of WebDataset shards, by which a run starts without reading them all.",
@@ -50,7 +60,7 @@ _COMMANDS = {
     "plan": "Predicted speed, hours and memory of a recipe on GPUs that are not here.",
 }
 # Without a recipe, and in one process.
-_TOOLS = ("import-tf", "export", "embed", "predict", "pack", "inspect", "index", "bench", "plan")
+_TOOLS = ("import-tf", "export", "embed", "predict", "detect", "segment", "pack", "inspect", "index", "bench", "plan")
 
 
 class _Parser(ArgumentParser):
@@ -77,8 +87,9 @@ class _StageParser(_Parser):
         return str(super().dump(recipe, *args, **kwargs))
 
 
-def _parser(chosen: str | None) -> ArgumentParser:
-    """The whole command line; of the commands only `chosen` with its options, which take a tenth of a second each."""
+def _parser(words: Sequence[str]) -> ArgumentParser:
+    """The whole command line; of the commands only that in `words` with its options: they take a tenth of a second."""
+    chosen = next((word for word in words if word in _COMMANDS), None)
     parser = _Parser(
         prog="fastsimclr",
         description="From unlabelled images and a few labels to a compact classifier: SimCLR v1 and v2.",
@@ -86,11 +97,16 @@ def _parser(chosen: str | None) -> ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastsimclr {fastsimclr.__version__}")
     commands = parser.add_subcommands(metavar="COMMAND")
     for name, summary in _COMMANDS.items():
-        staged = name == chosen and name not in _TOOLS
+        staged = name == chosen and name not in (*_TOOLS, "study")
         command = _stage_parser(name, summary) if staged else _Parser(description=summary)
         commands.add_subcommand(name, command, help=summary)
-        if name == chosen and not staged:
+        if name == chosen and name in _TOOLS:
             _tool(name)[0](command)
+        if name == chosen == "study":
+            from fastsimclr.studies.command import add_studies
+
+            make = partial(_StageParser, print_config="--print_config")
+            add_studies(command, make, next(iter(words[1:]), None), _CONFIG_HELP)
     return parser
 
 
@@ -112,6 +128,10 @@ def _tool(name: str) -> tuple[Callable[[ArgumentParser], None], Callable[[Namesp
         from fastsimclr.stages.imported import add_import_arguments, run_import
 
         return add_import_arguments, run_import
+    if name in ("detect", "segment"):
+        from fastsimclr.dense.command import add_dense, run_dense
+
+        return partial(add_dense, name), partial(run_dense, name)
     from fastsimclr.deploy.command import add_deploy, run_deploy
 
     return partial(add_deploy, name), partial(run_deploy, name)
@@ -126,11 +146,15 @@ def _run_tool(name: str, options: Namespace) -> int:
 def _stage_parser(name: str, summary: str) -> ArgumentParser:
     parser = _StageParser(description=summary, print_config="--print_config")
     parser.add_argument("--config", action="config", help=_CONFIG_HELP)
-    if name in ("linear", "knn", "finetune"):
+    if name in ("linear", "knn", "finetune", "evaluate"):
         parser.add_argument("--from", type=str, required=True, help="Pretraining run; its recipe holds.")
     if name == "distill":
-        parser.add_argument("--teacher", type=str, required=True, help="Teacher's run; its recipe holds.")
-        parser.add_argument("--student", type=Arch, help="Architecture, short for --distill.student.arch.")
+        parser.add_argument("--teacher", type=str, nargs="+", required=True, help=_TEACHER_HELP)
+        parser.add_argument(
+            "--student",
+            type=Arch | Literal["same"],
+            help="Architecture, short for --distill.student.arch; same: the teacher's, for --distill.into_itself true.",
+        )
     parser.add_argument("--out", type=str, help=f"Run folder. Default: {_default_out(name, 'RUN')}.")
     if name in ("run", "demo"):
         parser.add_argument("--seeds", type=int, default=1, help="Repeat with as many seeds; report mean and spread.")
@@ -152,7 +176,7 @@ def _default_out(command: str, start: str | None) -> str:
     return f"runs/{command}" if start is None or command not in _CHAINED else f"{start}-{command}"
 
 
-_CHAINED = ("linear", "knn", "finetune", "distill")
+_CHAINED = ("linear", "knn", "finetune", "distill", "evaluate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -165,13 +189,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         level = logging.WARNING if mine else logging.INFO
         logging.basicConfig(format=f"{mine}%(message)s", stream=sys.stderr, level=level)
         launch.enter()
-        parser = _parser(next((word for word in words if word in _COMMANDS), None))
+        parser = _parser(words)
         parsed = parser.parse_args(_with_recipes(words))
         command, options = parsed.subcommand, parser.instantiate(parsed)[parsed.subcommand]
-        code = _run_tool(command, options) if command in _TOOLS else _run_stages(command, options)
+        run = _run_tool if command in _TOOLS else _run_study if command == "study" else _run_stages
+        code = run(command, options)
         launch.wait()
     except Stopped as stop:
-        again = "" if words[0] in ("run", "demo") or ("--resume", "auto") in pairwise(words) else " with --resume auto"
+        goes_on = words[0] in ("run", "demo", "study") or ("--resume", "auto") in pairwise(words)
+        again = "" if goes_on else " with --resume auto"
         if launch.ranks.first:
             print(f"\n{stop}; give the same command{again} to go on", file=sys.stderr)
         return stop.exit_code
@@ -219,17 +245,29 @@ def _with_recipes(words: list[str]) -> list[str]:
     if not words or words[0] not in _COMMANDS or words[0] in _TOOLS or "--help" in words or "-h" in words:
         return words
     first: list[str] = []
-    if words[0] == "demo" or (words[0] in ("pretrain", "supervised", "run") and "--config" not in words):
+    run = _start(words)
+    fresh = words[0] in ("pretrain", "supervised", "run", "study") or (words[0] == "distill" and run is None)
+    if words[0] == "demo" or (fresh and "--config" not in words):
         own = words[0] != "demo" and any(word.startswith("--data.root") for word in words)
         first = ["--config", str(CONFIGS / ("folder.yaml" if own else "digits.yaml"))]
-    flags = ("--from", "--teacher")
-    for word, run in pairwise(words):
-        if word in flags:
-            first = ["--config", str(stages.recipe_path(Path(run)))]
+    if run is not None:
+        first = ["--config", str(stages.recipe_path(Path(run)))]
     for word, path in pairwise(first + words):
         if word == "--config" and Path(path).is_file():
             check_sections(Path(path).read_text(), f"recipe {path}")
-    return [words[0], *first, *words[1:]]
+    begin = 2 if words[0] == "study" else 1
+    return [*words[:begin], *first, *words[begin:]]
+
+
+def _start(words: Sequence[str]) -> str | None:
+    """The first run that --from or --teacher names; a library's network has no recipe."""
+    found, option = None, ""
+    for word in words:
+        if word.startswith("--"):
+            option, found = word, None if word in ("--from", "--teacher") else found
+        elif option in ("--from", "--teacher") and found is None and not is_foreign(word):
+            found = word
+    return found
 
 
 def _known(name: str) -> str:
@@ -239,19 +277,21 @@ def _known(name: str) -> str:
     packaged = CONFIGS / f"{path.stem}.yaml"
     if packaged.is_file() and path.suffix in ("", ".yaml") and path.parent in (Path(), Path("configs")):
         return str(packaged)
-    if path.stem == "v2-paper":
-        raise ValueError(
-            "--config v2-paper needs SimCLRv2's memory (a momentum encoder and a queue of negatives), which this"
-            " version lacks; use v2-nomemory, the same recipe without it"
-        )
     known = ", ".join(path.name for path in sorted(CONFIGS.glob("*.yaml")))
     raise FileNotFoundError(f"--config {name} is not a file; give a file, or one of {known}")
+
+
+def _run_study(command: str, options: Namespace) -> int:
+    from fastsimclr.studies.command import run_studies
+
+    return run_studies(options)
 
 
 def _run_stages(command: str, options: Namespace) -> int:
     first = launched().ranks.first
     recipe = recipe_from(options)
-    start = options.get("from") or options.get("teacher")
+    teachers = options.get("teacher") or []
+    start = options.get("from") or next((name for name in teachers if not is_foreign(name)), None)
     run = start and str(Path(start).parent.parent if Path(start).is_file() else Path(start))  # a file is a checkpoint
     out = Path(options.out or _default_out(command, run))
     if command in ("run", "demo"):
@@ -263,10 +303,18 @@ def _run_stages(command: str, options: Namespace) -> int:
         return 0
     if start is not None:
         _check_model(recipe, Path(start))
+    if command == "evaluate" and start is not None:
+        evaluation = stages.evaluate(recipe, Path(start), out, options.resume == "auto")
+        if first:
+            print("\n".join([*stages.evaluation_lines(evaluation), f"evaluation: {out / 'evaluation.json'}"]))
+        return 0
     student = options.get("student")
     if student is not None:
-        recipe = replace(recipe, distill=replace(recipe.distill, student=replace(recipe.distill.student, arch=student)))
-    result = _stage(command, recipe, start and Path(start), out, options.resume == "auto")
+        same = student == "same"
+        arch = recipe.distill.student.arch if same else student
+        shape = replace(recipe.distill.student, arch=arch)
+        recipe = replace(recipe, distill=replace(recipe.distill, student=shape, into_itself=same))
+    result = _stage(command, recipe, start and Path(start), teachers, out, options.resume == "auto")
     if first:
         print("\n".join([*stages.result_lines(result), f"result: {out / 'result.json'}"]))
     return 0
@@ -282,18 +330,21 @@ def _check_model(recipe: Recipe, start: Path) -> None:
             )
 
 
-def _stage(command: str, recipe: Recipe, start: Path | None, out: Path, resume: bool) -> dict[str, Any]:
+def _stage(
+    command: str, recipe: Recipe, start: Path | None, teachers: Sequence[str], out: Path, resume: bool
+) -> dict[str, Any]:
     setting = stages.Setting(recipe)
     match command:
         case "pretrain":
             return stages.pretrain(setting, out, resume)
         case "supervised":
             return stages.supervised(setting, out, resume)
+        case "distill":
+            return stages.distill(setting, teachers, out, resume)
     assert start is not None  # a required option of the other commands
     stage = {
         "linear": stages.evaluate_linear,
         "knn": stages.evaluate_knn,
         "finetune": stages.finetune,
-        "distill": stages.distill,
     }[command]
     return stage(setting, start, out, resume)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,47 +21,23 @@ from fastsimclr.loaders import Batch, Policy
 from fastsimclr.models import BatchNorm
 from fastsimclr.ranks import Ranks
 from fastsimclr.runtime import Runtime
+from fastsimclr.scores import Score, count, score
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What a network says of this rank's images: values float [N, C] on the device, labels int64 [N] on the device."""
+    """What a network says of this rank's images: values float [N, C] on the device, labels int64 [N] on the device.
+
+    ids: the images' positions in their source, int64 [N] on the CPU; None of several sources together.
+    """
 
     values: Tensor
     labels: Tensor
+    ids: Tensor | None = None
 
     def and_also(self, other: Features) -> Features:
         """These rows, then those of `other`."""
         return Features(values=torch.cat([self.values, other.values]), labels=torch.cat([self.labels, other.labels]))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """How often a classifier was right over all ranks. counts_3K: int64 on the CPU: images, top-1 hits, top-5 hits of
-    each true class."""
-
-    counts_3K: Tensor
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """top1 and, with more than five classes, top5: fractions of all images."""
-        images, top1, top5 = self.counts_3K.sum(dim=1).tolist()
-        result = {"top1": top1 / images}
-        if self.counts_3K.shape[1] > 5:
-            result["top5"] = top5 / images
-        return result
-
-    @property
-    def top1(self) -> float:
-        """The fraction of all images whose best class is the true one."""
-        return self.metrics["top1"]
-
-    def per_class(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """One entry a class, in order: its name, how many images it has, and how many of them were right (top-1)."""
-        images, correct, _ = self.counts_3K.tolist()
-        return [
-            {"name": name, "images": n, "correct": right} for name, n, right in zip(names, images, correct, strict=True)
-        ]
 
 
 def extract(
@@ -72,21 +47,23 @@ def extract(
 
     Every rank calls it. ValueError where no rank has an image; a rank without any gets 0 rows.
     """
-    values, labels = [], []
+    values, labels, ids = [], [], []
     with torch.no_grad():
         for batch in batches:
             shipment = ship(batch, policy, 0, 1, runtime.device)
             with runtime.autocast():
                 values.append(network(shipment.views(policy, runtime.view_dtype)).float())
             labels.append(shipment.labels)
+            ids.append(shipment.ids)
     shapes = runtime.ranks.gather(tuple(values[0].shape[1:]) if values else None)
     shape = next((shape for shape in shapes if shape is not None), None)
     if shape is None:
         raise ValueError("there is no image to evaluate; check data.val and data.val_fraction")
     if not values:
         nothing = torch.empty(0, *shape, device=runtime.device)
-        return Features(values=nothing, labels=torch.empty(0, dtype=torch.int64, device=runtime.device))
-    return Features(values=torch.cat(values), labels=torch.cat(labels))
+        none = torch.empty(0, dtype=torch.int64)
+        return Features(values=nothing, labels=none.to(runtime.device), ids=none)
+    return Features(values=torch.cat(values), labels=torch.cat(labels), ids=torch.cat(ids))
 
 
 def raw_pixels(images: Tensor) -> Tensor:
@@ -115,19 +92,6 @@ def calibrate_bn(encoder: nn.Module, batches: Iterable[Batch], policy: Policy, r
     encoder.eval()
 
 
-def _counts(scores_NK: Tensor, labels_N: Tensor) -> Tensor:
-    """int64 [3, K]: images, top-1 hits and top-5 hits of each true class."""
-    ranked = scores_NK.topk(min(5, scores_NK.shape[1]), dim=1).indices == labels_N[:, None]
-    hits_3N = torch.stack([torch.ones_like(labels_N), ranked[:, 0].long(), ranked.any(dim=1).long()])
-    counts_3K = torch.zeros(3, scores_NK.shape[1], dtype=torch.int64, device=scores_NK.device)
-    return counts_3K.scatter_add_(1, labels_N.expand(3, -1), hits_3N)
-
-
-def score(scores_NK: Tensor, labels_N: Tensor, ranks: Ranks) -> Score:
-    """How often the largest of the scores (logits, votes) is that of the label. The rows are this rank's."""
-    return Score(counts_3K=ranks.total(_counts(scores_NK, labels_N)).cpu())
-
-
 def knn(
     train: Features, test: Features, classes: int, *, ks: Sequence[int], temperatures: Sequence[float], ranks: Ranks
 ) -> dict[tuple[int, float], Score]:
@@ -142,6 +106,8 @@ def knn(
     settings = list(dict.fromkeys((min(k, len(bank_TC)), temperature) for k in ks for temperature in temperatures))
     most = max(k for k, _ in settings)
     counts_S3K = torch.zeros(len(settings), 3, classes, dtype=torch.int64, device=bank_TC.device)
+    predicted_SN = torch.empty(len(settings), len(test.labels), dtype=torch.int64, device=bank_TC.device)
+    done = 0
     rows = max(1, 2**24 // len(bank_TC))
     blocks = torch.split(F.normalize(test.values, dim=1), rows), torch.split(test.labels, rows)
     for block_NC, truth_N in zip(*blocks, strict=True):
@@ -150,9 +116,14 @@ def knn(
         for s, (k, temperature) in enumerate(settings):
             weight = ((similarity[:, :k] - 1) / temperature).exp()
             votes_NK = weight.new_zeros(len(block_NC), classes).scatter_add_(1, neighbours[:, :k], weight)
-            counts_S3K[s] += _counts(votes_NK, truth_N)
+            counts_3K, predicted_SN[s, done : done + len(block_NC)] = count(votes_NK, truth_N)
+            counts_S3K[s] += counts_3K
+        done += len(block_NC)
     summed = ranks.total(counts_S3K).cpu()
-    return {setting: Score(counts_3K=counts) for setting, counts in zip(settings, summed, strict=True)}
+    return {
+        setting: Score(counts_3K=counts_3K, predicted_N=predicted_N)
+        for setting, counts_3K, predicted_N in zip(settings, summed, predicted_SN, strict=True)
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,9 +134,13 @@ class Logistic:
     bias: Tensor
     iterations: int
 
+    def logits(self, test: Features) -> Tensor:
+        """[N, K] of this rank's images."""
+        return F.linear(_unit_rms(test.values), self.weight, self.bias)
+
     def score(self, test: Features, ranks: Ranks) -> Score:
         """How often it is right on the images of all ranks."""
-        return score(F.linear(_unit_rms(test.values), self.weight, self.bias), test.labels, ranks)
+        return score(self.logits(test), test.labels, ranks)
 
 
 def logistic_regression(train: Features, classes: int, *, l2: float, ranks: Ranks) -> Logistic:

@@ -10,7 +10,8 @@ from fastsimclr.objectives import Outcome
 from fastsimclr.parallel import Step
 
 WARM_UP = 11
-"""Steps before the capture: DDP settles its buckets in them (torch's documentation of DistributedDataParallel)."""
+"""Steps before the capture, in which cuDNN and the allocator settle. As many as torch's documentation asks for under
+DDP; a graph here is of one rank, without it, and might do with fewer: not tried."""
 
 
 class GraphedStep:

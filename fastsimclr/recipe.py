@@ -38,6 +38,11 @@ class PretrainConfig:
     """Of the softmax over similarities. .1 on ImageNet, .5 on CIFAR-10 (Chen et al. 2020, App. B)."""
     scaling: Literal["paper", "google"] = "paper"
     """paper: mean over the 2N rows. google: the sum of both views' means, twice that, as in google-research/simclr."""
+    memory: int = 0
+    """Negatives of earlier batches, held in a queue; all contrasts then come from a momentum encoder. 65536 in SimCLRv2
+    (configs/v2-paper.yaml); 0: none of both. One forward pass more a step."""
+    momentum: float = 0.999
+    """With memory: what share of itself the momentum encoder keeps at each step, 0 or more and below 1."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.0, weight_decay=1e-4, warmup_epochs=10))
     """Optimizer and schedule."""
     sizes: tuple[tuple[float, int], ...] = ()
@@ -50,6 +55,13 @@ class PretrainConfig:
         _positive("pretrain", self, "epochs", "batch", "temperature", "probe_every_epochs")
         if self.batch < 2:
             raise ValueError(f"pretrain.batch={self.batch} leaves no negatives to contrast with; use at least 2")
+        if self.memory < 0:
+            raise ValueError(f"pretrain.memory={self.memory} must be 0 (no queue) or more; SimCLRv2 has 65536")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"pretrain.momentum={self.momentum} must be 0 or more and below 1, or the momentum encoder never moves;"
+                " use 0.999"
+            )
         shares = [share for share, _ in self.sizes]
         if shares != sorted(set(shares)) or any(not 0 <= share < 1 or side < 1 for share, side in self.sizes):
             raise ValueError(
@@ -162,9 +174,11 @@ class FinetuneConfig:
     """Optimizer and schedule. 0.005·sqrt(B), LARS, no decay (SimCLRv2, Sec. 4.1 and google-research/simclr)."""
     frozen_bn: bool = False
     """Keep the pretrained BN statistics instead of each batch's: for batches too small to have statistics."""
+    validate_every_epochs: int | None = None
+    """Measure top-1 of the validation images every so many epochs, for curves; null: at the end only."""
 
     def __post_init__(self) -> None:
-        _positive("finetune", self, "epochs", "batch")
+        _positive("finetune", self, "epochs", "batch", "validate_every_epochs")
         if not 0 <= self.head_layer <= 4:
             raise ValueError(f"finetune.head_layer={self.head_layer} must be 0 (encoder output) to 4")
 
@@ -185,9 +199,11 @@ class SupervisedConfig:
         default_factory=lambda: OptimConfig(name="sgd", lr=0.1, nesterov=True, weight_decay=5e-4, warmup_epochs=5)
     )
     """Optimizer and schedule."""
+    validate_every_epochs: int | None = None
+    """Measure top-1 of the validation images every so many epochs, for curves; null: at the end only."""
 
     def __post_init__(self) -> None:
-        _positive("supervised", self, "epochs", "batch")
+        _positive("supervised", self, "epochs", "batch", "validate_every_epochs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +212,17 @@ class DistillConfig:
 
     student: ModelConfig = field(default_factory=lambda: ModelConfig(head_layers=0))
     """The student's architecture; its projection head is not used."""
-    temperature: float = 1.0
-    """Of both softmaxes: .1 for self-distillation, 1 for a smaller student (google-research/simclr)."""
+    into_itself: bool = False
+    """Give the student the first teacher's architecture instead of student's (self-distillation); --student same."""
+    self_first: bool = False
+    """In the chain (fastsimclr run): distill the fine-tuned network into itself first, then that into the student."""
+    temperature: float | None = None
+    """Of both softmaxes. null: .1 where the student has the teacher's depth, width and kernels, else 1
+    (google-research/simclr)."""
+    teacher_view: Literal["same", "fixed"] = "same"
+    """What the teacher sees. same: the student's own random crop, at each step. fixed: each image once, in its
+    evaluation view, before training; its logits are kept in the run folder and looked up (another recipe, and no
+    teacher in the step)."""
     label_weight: float = 0.0
     """Weight w of the few labels' cross-entropy: (1 - w)·distillation + w·CE; 0 uses no label at all."""
     epochs: int = 400
@@ -216,6 +241,36 @@ class DistillConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Which protocols `fastsimclr evaluate` runs on a pretraining, with the settings of knn, linear and finetune."""
+
+    protocols: tuple[Literal["knn", "logistic", "linear", "finetune"], ...] = ("knn", "logistic", "linear", "finetune")
+    """knn; logistic: linear by lbfgs; linear: by sgd, the published one; each on all labels. finetune: on fractions."""
+    fractions: tuple[float, ...] = (0.01, 0.1)
+    """Shares of the training labels to fine-tune on; add 1 for all of them. A share that leaves a class without a label
+    is left out. All labels are fine-tuned on from head layer 0, fewer from finetune.head_layer (SimCLRv2, Sec. 3.1)."""
+    lists: tuple[str | None, ...] = ()
+    """For each of the fractions the file that lists its images, as data.label_list, or null to draw them; empty: draw
+    all. Google's are 1percent.txt and 10percent.txt."""
+    epochs: tuple[int, ...] = ()
+    """Epochs of fine-tuning for each of the fractions. Empty: 60 below 10 %, 30 from there on (SimCLRv2, Sec. 3.1)."""
+
+    def __post_init__(self) -> None:
+        if not all(0 < fraction <= 1 for fraction in self.fractions):
+            raise ValueError(f"evaluate.fractions={list(self.fractions)}: each must be above 0 and up to 1")
+        for key in ("protocols", "fractions"):
+            if len(set(values := getattr(self, key))) < len(values):
+                raise ValueError(f"evaluate.{key}={list(values)} has a value twice; give each once")
+        for key in ("lists", "epochs"):
+            if (values := getattr(self, key)) and len(values) != len(self.fractions):
+                raise ValueError(
+                    f"evaluate.{key}={list(values)} must have one for each of evaluate.fractions={list(self.fractions)}"
+                )
+        if not all(epochs >= 1 for epochs in self.epochs):
+            raise ValueError(f"evaluate.epochs={list(self.epochs)}: each must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Every setting of every stage."""
 
@@ -225,7 +280,7 @@ class Recipe:
     """Of weights, order and views: the same seed gives the same run. 0 to 4294967295."""
     smoke: bool = False
     """A few steps at tiny size, to see that everything runs: 64 images a split, batches of at most 16
-    where one is set, one epoch, eighth width, views of at most 32 pixels."""
+    where one is set, one epoch, eighth width, views of at most 32 pixels, a queue of at most 64."""
     data: DataConfig = field(default_factory=DataConfig)
     """Images, labels and how they are loaded."""
     views: Policy = field(default_factory=Policy)
@@ -246,6 +301,8 @@ class Recipe:
     """Training from scratch on the same labels."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     """Distillation."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """The protocols of `fastsimclr evaluate`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -267,7 +324,7 @@ class Recipe:
             views=replace(self.views, size=min(self.views.size, 32)),
             model=replace(self.model, width=min(self.model.width, 0.125)),
             trainer=replace(self.trainer, log_every_steps=1),
-            pretrain=quick(self.pretrain, sizes=()),
+            pretrain=quick(self.pretrain, sizes=(), memory=min(self.pretrain.memory, 4 * _SMOKE_BATCH)),
             linear=quick(self.linear),
             finetune=quick(self.finetune),
             supervised=quick(self.supervised),

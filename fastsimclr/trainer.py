@@ -38,10 +38,9 @@ class TrainerConfig:
     """The loop: precision, logging and checkpoints."""
 
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"
-    """Autocast precision; weights stay float32. auto: bf16 on CUDA and on CPUs with
-    AMX or AVX-512 BF16, else fp32. fp16 adds a loss
-    scaler: a step whose gradients overflow changes nothing. With sgd it waits for the device once a step. fp64 trains
-    double weights: slow, to compare two runs exactly."""
+    """Autocast precision; weights stay float32. auto: bf16 on CUDA and on CPUs with AMX or AVX-512 BF16, else fp32.
+    fp16 adds a loss scaler: a step whose gradients overflow changes nothing. With sgd it waits for the device once a
+    step. fp64 trains double weights: slow, to compare two runs exactly."""
     channels_last: bool = True
     """Keep activations and convolution weights channels-last."""
     log_every_steps: int = 20
@@ -62,7 +61,7 @@ class TrainerConfig:
     """Keep what enters each residual block only, and compute the rest again in the backward pass: less memory, for a
     third more time."""
     compile: bool = False
-    """Compile the encoder by torch.compile, which takes a minute or more at the start. With micro_batch it does not."""
+    """Compile the encoder by torch.compile, which takes a minute or more at the start. Excludes micro_batch."""
     cuda_graph: bool = False
     """On one CUDA device: replay forward and backward pass as a graph, for networks that launching slows down."""
     fused_bn: bool = False
@@ -91,6 +90,22 @@ class TrainerConfig:
             )
         if not 0 < self.timeout_s < math.inf:
             raise ValueError(f"trainer.timeout_s={self.timeout_s} must be greater than 0 and finite")
+
+    def at_once(self, share: int, *, joint: bool, whole: str) -> int:
+        """Images that a rank takes through the network at once, of its `share` of the batch; share itself: all of it.
+
+        joint: whether the loss compares images; where it does not, the largest divisor up to micro_batch is taken.
+        whole: what the share is of, for the error, e.g. "pretrain.batch=512". ValueError where micro_batch divides not.
+        """
+        micro = min(self.micro_batch or share, share)
+        if not joint:
+            micro = max(size for size in range(1, micro + 1) if share % size == 0)
+        if share % micro:
+            raise ValueError(
+                f"trainer.micro_batch={micro} does not divide the {share} images that a rank has of {whole};"
+                f" use a divisor of {share}"
+            )
+        return micro
 
 
 class Hook(Protocol):
@@ -251,6 +266,7 @@ class Trainer:
             torch._assert_async(torch.isfinite(outcome.loss), NOT_FINITE)  # on the device; nobody waits for it
         self.scaler.step(optimizer)
         self.scaler.update()
+        self.job.objective.updated()
         optimizer.zero_grad(set_to_none=True)
         meter.add(len(shipment.ids), {"loss": outcome.loss, **outcome.metrics})
 
@@ -284,14 +300,8 @@ class Trainer:
                 " leave it out"
             )
         share = job.batch // self.ranks.world
-        self.micro = config.micro_batch if config.micro_batch is not None and config.micro_batch < share else None
-        if self.micro is not None and not job.objective.joint:  # its parts are no matter of the loss
-            self.micro = max(size for size in range(1, self.micro + 1) if share % size == 0)
-        if self.micro is not None and share % self.micro:
-            raise ValueError(
-                f"trainer.micro_batch={config.micro_batch} does not divide the {share} images that a rank has of"
-                f" {job.stage}.batch={job.batch}; use a divisor of {share}"
-            )
+        micro = config.at_once(share, joint=job.objective.joint, whole=f"{job.stage}.batch={job.batch}")
+        self.micro = micro if micro < share else None
         if config.fused_bn:
             if not self.runtime.channels_last or self.runtime.precision == "fp64":
                 raise ValueError(
@@ -427,11 +437,19 @@ def bn_groups(config: TrainerConfig, ranks: Ranks) -> int:
 
 @contextlib.contextmanager
 def _garbage_left() -> Iterator[None]:
-    """Python's own collections would stop the loop at any moment; the loop collects where it waits anyway."""
-    enabled = gc.isenabled()
+    """Python's own collections would stop the loop at any moment; the loop collects where it waits anyway.
+
+    What is there before the loop, most of it modules, is collected once and then left out, if it was not before.
+    """
+    enabled, frozen = gc.isenabled(), gc.get_freeze_count() > 0
     gc.disable()
+    if not frozen:
+        gc.collect()
+        gc.freeze()
     try:
         yield
     finally:
+        if not frozen:
+            gc.unfreeze()
         if enabled:
             gc.enable()

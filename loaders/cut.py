@@ -23,7 +23,7 @@ Pixels = npt.NDArray[np.uint8]
 Sizes = npt.NDArray[np.int32]
 
 MOST = 32
-"""Largest reduction that cut.c's 16 bits hold."""
+"""Largest reduction that cut.c's 16 bits hold; MOST of jpeg.c."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from fastsimclr.loaders.order import WINDOW
 from fastsimclr.loaders.sets.basic import ArraySource, Subset, SyntheticSource, digits, torchvision_set
 from fastsimclr.loaders.sets.folder import open_folder
 from fastsimclr.loaders.sets.splits import few_labels, hold_out
+from fastsimclr.loaders.sets.subgroups import read_subgroups
 from fastsimclr.loaders.shards.cache import GIB, ShardCache, default_cache
 from fastsimclr.loaders.shards.index import label_member
 from fastsimclr.loaders.shards.source import open_shard_splits
@@ -46,6 +47,10 @@ class DataConfig:
     val_labels: str | None = None
     """Labels of a flat validation folder: two columns, file name and class name or position among the sorted classes,
     as in ImageNet's LOC_val_solution.csv."""
+    subgroup: str | None = None
+    """Report the accuracy of each subgroup of the validation images, too: the name of a column of data.labels
+    (path,label,NAME), or where data.val_labels is given, of that file, by its heading. For source=folder. Images with
+    an empty cell or without a line are the group "(none)"."""
     val_fraction: float = 0.1
     """Share of each class's labelled images held out for validation where the data set has no split of its own.
     The digits have one: a fixed fifth."""
@@ -117,6 +122,8 @@ class DataConfig:
                 continue
             if self.source not in ("folder", "beton") and getattr(self, name) is not None:
                 raise ValueError(f"data.{name} is for data.source=folder, not {self.source}, or for beton; remove it")
+        if self.subgroup is not None and self.source != "folder":
+            raise ValueError(f"data.subgroup={self.subgroup} is for data.source=folder, not {self.source}; remove it")
         if self.photometric == "dali" and self.loader not in ("dali", "dali_gpu"):
             raise ValueError(
                 f"data.photometric=dali needs data.loader=dali or dali_gpu, not {self.loader}; set it, or use kernel"
@@ -151,11 +158,13 @@ class Splits:
 
     unlabelled: every image for pretraining, labelled or not, none of val. train: those of them with a label, all.
     val: labelled images for evaluation. train and val are empty where nothing is labelled.
+    subgroups: the name of the subgroup of each image of val; () without data.subgroup.
     """
 
     unlabelled: Source
     train: Source
     val: Source
+    subgroups: tuple[str, ...] = ()
 
 
 def open_data(config: DataConfig) -> Splits:
@@ -166,7 +175,14 @@ def open_data(config: DataConfig) -> Splits:
     labelled = np.flatnonzero(training.labels >= 0)
     train = training if len(labelled) == len(training) else Subset(training, labelled, f"{training.name}:labelled")
     LOG.info("%s: %d images, %d labelled, %d for validation", config.source, len(training), len(train), len(validation))
-    return Splits(unlabelled=training, train=train, val=validation)
+    return Splits(unlabelled=training, train=train, val=validation, subgroups=_subgroups(validation, config))
+
+
+def _subgroups(val: Source, config: DataConfig) -> tuple[str, ...]:
+    if config.subgroup is None or config.root is None or not len(val):
+        return ()
+    labels, val_labels = (None if text is None else Path(text) for text in (config.labels, config.val_labels))
+    return read_subgroups(val, config.subgroup, root=Path(config.root), labels=labels, val_labels=val_labels)
 
 
 def label_subset(train: Source, config: DataConfig) -> Source:

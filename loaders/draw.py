@@ -83,6 +83,9 @@ class Policy:
     """Probability of cutout (arXiv 1708.04552): a square about a random pixel becomes 0 after normalisation."""
     cutout_side: float = 0.5
     """Side of cutout's square as a part of the view's side; it may reach over the border. CIFAR-10: .5."""
+    one_branch: bool = False
+    """Leave the first view as it is, uncropped (its central square), and augment the others alone: how single
+    augmentations are compared in arXiv 2002.05709, Sec. 3.1."""
     normalise: Literal["auto", "none", "imagenet"] | tuple[Triple, Triple] = "auto"
     """(mean, std) of the channels in [0, 1]. auto: ImageNet's under torchvision semantics, none under tensorflow."""
 
@@ -222,6 +225,15 @@ def draw(
     Philox4x32-10 with key (seed, epoch) and counter (low half of id, high half, view, block).
     Raises ValueError for a seed or epoch outside [0, 2**32), a negative id, or an image without pixels.
     """
+    if policy.one_branch:
+        both, plain = replace(policy, one_branch=False), _unaugmented(policy)
+        kept = 1 if first_view == 0 and views else 0
+        parts = (
+            draw(plain, seed, epochs, ids, kept, sizes),
+            draw(both, seed, epochs, ids, views - kept, sizes, first_view + kept),
+        )
+        columns = {f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(ViewParams)[:-1]}
+        return ViewParams(**columns, ops=policy.ops)
     ids_N, epochs_N = np.asarray(ids, dtype=np.int64), np.asarray(epochs, dtype=np.int64)
     sizes_N2 = np.asarray(sizes, dtype=np.int64)
     n = len(ids_N)
@@ -271,6 +283,12 @@ def draw(
         ops=policy.ops,
         **_extras(policy, views * n, lambda block: numbers(slice(None), block, 1)[:, 0]),
     )
+
+
+def _unaugmented(policy: Policy) -> Policy:
+    """The central square of the image, resized, and nothing else."""
+    off = dict.fromkeys(("rotate", "rotate90", "flip", "jitter", "grey", "blur", "sobel", "noise", "solarise"), 0.0)
+    return replace(policy, crop="centre", centre_fraction=1.0, cutout=0.0, one_branch=False, **off)  # type: ignore[arg-type]
 
 
 def _factors(policy: Policy, spread: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from fastsimclr.loaders.decode import Encoded, decode, image_size
 from fastsimclr.loaders.scratch import Scratch
 from fastsimclr.loaders.shards.remote import FetchError
-from fastsimclr.loaders.source import DataError, Source
+from fastsimclr.loaders.source import DataError, Source, borrower
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -43,7 +43,7 @@ class Reader:
         self.max_pixels = max_pixels
         self.bad: dict[int, str] = {}
         self._lock = threading.Lock()
-        self._borrow: Callable[[int], Encoded | Pixels] = getattr(source, "borrow", source.read)
+        self._borrow = borrower(source)
 
     def open(self, index: int) -> Opened | None:
         """The data of image `index` and its size, from the header alone; None where it is known to be damaged."""

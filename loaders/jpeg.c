@@ -1,7 +1,7 @@
-/* A run of JPEG files read, decoded and cut in one call, without the interpreter between them: turbo.py.
+/* A run of JPEG files read, decoded and cut in one call, without the interpreter between them: called by turbo.py.
 
-   libturbojpeg of the system decodes (the TurboJPEG API of 1.5 and later), whose functions turbo.py finds and hands over.
-   What is not plain and sound is left to Python, which decodes it strictly and names what is wrong with it. */
+   libturbojpeg of the system decodes (the TurboJPEG API of 1.5 and later), whose functions compiled.py finds and hands
+   over. What is not plain and sound is left to Python, which decodes it strictly and names what is wrong with it. */
 
 #include <stddef.h>
 #include <stdint.h>
@@ -18,6 +18,7 @@ typedef struct { /* tjInitDecompress, tjDecompressHeader3, tjDecompress2, tjDest
 enum { S444, S422, S420, GREY };       /* TJSAMP_* that every version upsamples alike */
 enum { YCBCR = 1, GREYSCALE = 2 };     /* TJCS_* */
 enum { RGB = 0, STOP_ON_WARNING = 8192 }; /* TJPF_RGB, TJFLAG_STOPONWARNING (ignored before 2.1: a warning fails anyway) */
+enum { MOST = 32 };                    /* the largest reduction that cut.c's 16 bits hold: MOST of cut.py */
 
 int fastsimclr_cut(const uint8_t *crop, int64_t pitch, int height, int width, int size, uint8_t *out);
 
@@ -48,7 +49,7 @@ void fastsimclr_jpegs(const TurboJpeg *turbo, int n, int file, const uint8_t *co
             const int32_t *box = boxes[v * stride + k];
             int top = box[0], from = box[1], rows = box[2], columns = box[3];
             if (top < 0 || from < 0 || rows < 1 || columns < 1 || top > height - rows || from > width - columns) break;
-            if (rows > 32 * size || columns > 32 * size) break;
+            if (rows > MOST * size || columns > MOST * size) break;
             const uint8_t *crop = image + 3 * ((int64_t)top * width + from);
             if (fastsimclr_cut(crop, 3 * (int64_t)width, rows, columns, size, out + (v * stride + k) * bytes)) break;
         }

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from fastsimclr.loaders.turbo import Spans
+
+Ints = npt.NDArray[np.int64]
+Pixels = npt.NDArray[np.uint8]
 
 
 class DataError(ValueError):
@@ -42,3 +49,33 @@ class Source(Protocol):
     def describe(self, index: int) -> str:
         """What an error message calls the image: its path, or e.g. "digits[12]"."""
         ...
+
+
+def spans(source: Source, ids: Ints) -> Spans | None:
+    """`source.spans(ids)` where the source has it, else None."""
+    found: Callable[[Ints], Spans | None] = getattr(source, "spans", _unknown)
+    return found(ids)
+
+
+def mapped(source: Source, ids: Ints) -> tuple[Pixels, Ints] | None:
+    """`source.mapped(ids)`, the memory and where in it each image begins, where the source has it, else None."""
+    found: Callable[[Ints], tuple[Pixels, Ints] | None] = getattr(source, "mapped", _unknown)
+    return found(ids)
+
+
+def borrower(source: Source) -> Callable[[int], bytes | memoryview | Pixels]:
+    """`source.borrow` where the source has it, else `source.read`."""
+    found: Callable[[int], bytes | memoryview | Pixels] = getattr(source, "borrow", source.read)
+    return found
+
+
+def _unknown(ids: Ints) -> None:
+    return None
+
+
+def digest(*parts: bytes) -> str:
+    """SHA-256 of the parts in hex, each with its length before it, so that no other cut of them has the same."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(len(part).to_bytes(8, "little") + part)
+    return whole.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import multiprocessing
 import multiprocessing.connection
@@ -74,6 +75,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.path.name not in WAITING)
     if hasattr(config, "workeroutput"):  # a process of pytest-xdist
         config.workeroutput["left out"] = config.stash[LEFT_OUT]
+
+
+def pytest_collection_finish() -> None:
+    """Leave all modules out of every later collection of garbage, of which each checkpoint makes a full one."""
+    import torch._dynamo  # noqa: F401  # the first optimizer would
+
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let go of them, which else some extensions tell of at the end of the process."""
+    gc.unfreeze()
 
 
 def pytest_sessionstart() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import pickle
@@ -30,6 +31,8 @@ def main() -> None:
 
     Reads the number of ranks to start from the control, until the pool closes it.
     """
+    gc.collect()
+    gc.freeze()  # in the ranks no collection goes through what they share
     folder, control = sys.argv[1], Connection(int(sys.argv[2]))
     pipes: dict[int, list[Connection]] = {}
     for item in sys.argv[3:]:

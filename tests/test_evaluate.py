@@ -15,12 +15,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
-from fastsimclr.evaluate import Features, calibrate_bn, extract, logistic_regression, raw_pixels, score
+from fastsimclr.evaluate import Features, calibrate_bn, extract, logistic_regression, raw_pixels
 from fastsimclr.evaluate import knn as knn_of_all_settings
 from fastsimclr.loaders import ArraySource, Batch, DataConfig, EvalLoader, Policy
 from fastsimclr.models import BatchNorm, ModelConfig, build_encoder
 from fastsimclr.ranks import Ranks
 from fastsimclr.runtime import Runtime
+from fastsimclr.scores import score
 
 ALONE = Ranks()
 RUNTIME = Runtime(device=torch.device("cpu"), precision="fp32")

@@ -19,10 +19,11 @@ from fastsimclr.loaders import Batch, DataConfig, Policy, TrainLoader, draw, hol
 from fastsimclr.loaders.draw import simclr
 from fastsimclr.meter import Meter
 from fastsimclr.models import ModelConfig, build_simclr
-from fastsimclr.objectives import Contrastive
+from fastsimclr.objectives import Contrastive, MomentumContrast
 from fastsimclr.optim import LARS, OptimConfig, Schedule, build_optimizer
 from fastsimclr.runtime import Precision, Runtime
 from fastsimclr.trainer import Job, Trainer, TrainerConfig
+from tests.captured import captured
 
 pytestmark = pytest.mark.gpu
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -37,12 +38,14 @@ def batches(size: int, device: torch.device, start: int = 0, stop: int = STEPS) 
     return list(TrainLoader(source, data, batch=BATCH, seed=0, start=start, stop=stop, resident=resident))
 
 
-def trainer_on(device: torch.device, precision: Precision, run: Path) -> Trainer:
+def trainer_on(device: torch.device, precision: Precision, run: Path, memory: int = 0) -> Trainer:
     """A pretraining job of a quarter-width ResNet-18; equal weights on any device."""
     runtime = Runtime(device=device, precision=precision)
     torch.manual_seed(0)
     network = build_simclr(ModelConfig(arch="resnet18", width=0.25), 32)
     objective = Contrastive(network, temperature=0.5, scaling="paper")
+    if memory:
+        objective = MomentumContrast(network, temperature=0.5, scaling="paper", memory=memory, momentum=0.9)
     runtime.place(objective)
     job = Job(
         stage="pretrain",
@@ -120,10 +123,7 @@ def test_gathered_views_in_a_graph_equal_those_of_the_selected_images() -> None:
     def views() -> Tensor:
         return gather_views(dataset, there, params, **policy.rendering, dtype=torch.float16)
 
-    views()  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = views()
+    graph, out = captured(views)
     there.copy_(ids)
     graph.replay()
     expected = gather_views(
@@ -158,19 +158,12 @@ def test_nt_xent_runs_in_a_cuda_graph() -> None:
         loss = nt_xent(x, t, bank=x.detach()[:100]).loss + nt_xent(x, 0.1).loss
         return torch.autograd.grad(loss, (x, t))
 
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, found = captured(step)
     with torch.no_grad():
         x.copy_(torch.randn(1024, 128, device=CUDA))
         t.fill_(0.2)
     graph.replay()
-    for one, other in zip(captured, step(), strict=True):
+    for one, other in zip(found, step(), strict=True):
         assert torch.equal(one, other)
 
 
@@ -208,7 +201,7 @@ def test_a_captured_lars_step_equals_an_eager_one(set_to_none: bool) -> None:
     """A graph of backward and step, replayed; gradients kept, or of the graph's own memory. Many tables are made
     between capture and replay, so that one dropped too early would be noticed."""
     ends = []
-    for captured in (False, True):
+    for replayed in (False, True):
         generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(n, generator=generator).to(CUDA).requires_grad_() for n in (5, 4096, 70_001)]
         target, rate = torch.zeros((), device=CUDA), torch.zeros((), device=CUDA)
@@ -219,16 +212,10 @@ def test_a_captured_lars_step_equals_an_eager_one(set_to_none: bool) -> None:
             sum((w - target).square().sum() for w in weights).backward()
             optimizer.step()
 
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()  # compiles; a rate of 0 moves nothing
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        if captured:
-            optimizer.zero_grad(set_to_none=set_to_none)
-            with torch.cuda.graph(graph):
-                step()
+        if replayed:
+            graph, _ = captured(step, lambda own=optimizer: own.zero_grad(set_to_none=set_to_none))  # type: ignore[misc]
+        else:
+            step()  # like the one before the capture: a rate of 0 moves nothing
         for n in range(1, 20):
             w = torch.ones(n, device=CUDA, requires_grad=True)
             w.grad = torch.ones_like(w)
@@ -236,19 +223,19 @@ def test_a_captured_lars_step_equals_an_eager_one(set_to_none: bool) -> None:
         for number in range(4):
             target.fill_(number)
             rate.fill_(0.5 + number)
-            if captured:
+            if replayed:
                 graph.replay()
             else:
                 step()
         ends.append([w.detach().clone() for w in weights])
-    for eager, replayed in zip(*ends, strict=True):
-        assert torch.equal(eager, replayed)
+    for eager, of_graph in zip(*ends, strict=True):
+        assert torch.equal(eager, of_graph)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_step_never_waits_for_the_device(precision: Precision, tmp_path: Path) -> None:
-    trainer = trainer_on(CUDA, precision, tmp_path)
+@pytest.mark.parametrize(("precision", "memory"), [("fp32", 0), ("bf16", 0), ("fp16", 0), ("bf16", 96)])
+def test_a_step_never_waits_for_the_device(precision: Precision, memory: int, tmp_path: Path) -> None:
+    trainer = trainer_on(CUDA, precision, tmp_path, memory)
     job = trainer.job
     job.objective.train()
     with Feed(job.batches(0, STEPS), job.policy, seed=0, views=2, runtime=trainer.runtime) as feed:
@@ -268,12 +255,12 @@ def test_a_step_never_waits_for_the_device(precision: Precision, tmp_path: Path)
         assert math.isfinite(meter.read()["loss"])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_training_begins_as_on_the_cpu(precision: Precision, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "memory"), [("fp32", 0), ("bf16", 0), ("bf16", 96)])
+def test_training_begins_as_on_the_cpu(precision: Precision, memory: int, tmp_path: Path) -> None:
     first: dict[torch.device, float] = {}
     sides: tuple[tuple[torch.device, Precision], ...] = ((CPU, "fp32"), (CUDA, precision))
     for device, used in sides:
-        trainer = trainer_on(device, used, tmp_path / f"run-{len(first)}")
+        trainer = trainer_on(device, used, tmp_path / f"run-{len(first)}", memory)
         losses: list[Tensor] = []
         trainer.job.objective.register_forward_hook(lambda _m, _i, out, seen=losses: seen.append(out.loss.detach()))
         last = trainer.fit()

@@ -208,6 +208,20 @@ def test_gradient_caching_and_recomputation_cost_a_forward_pass_each() -> None:
     assert parts == pytest.approx(4 * 1.5 * whole, rel=0.2)  # four micro-batches, two forward exchanges for one
 
 
+def test_a_queue_costs_a_forward_pass_a_network_and_its_keys() -> None:
+    """Four GPUs, 128 images each: 256 rows against 1,024 columns, and the queue."""
+    cluster, trainer = Cluster(gpus=4), TrainerConfig()
+    step = StepPlan(model=R18, size=64, stem_size=64, batch=512, views=2, precision="bf16")
+    plain, found = (step_time(one, trainer, cluster, FLOPS_ONLY) for one in (step, replace(step, memory=65536)))
+    net = counted(R18, 64, 256)
+    more = net.forward.flops + 6 * 256 * 65536 * 128
+    assert found.compute_s - plain.compute_s == pytest.approx(1e-14 * more)
+    assert plain.norm_s < found.norm_s < 2 * plain.norm_s and found.gather_s > plain.gather_s
+    less, held = (memory(one, trainer, cluster, 2.0) for one in (step, replace(step, memory=65536)))
+    assert held.weights == 2 * less.weights and held.loss - less.loss == 65536 * 128 * (4 + 2)
+    assert held.total - less.total == pytest.approx(4 * net.parameters + 65536 * 128 * 6)
+
+
 def test_memory_by_hand() -> None:
     trainer, cluster = TrainerConfig(), Cluster(gpus=8)
     step = StepPlan(model=R50, size=224, stem_size=224, batch=2048, views=2, precision="bf16")
@@ -299,6 +313,12 @@ def test_hours_of_every_stage() -> None:
         188,
         125_114,
     ]
+    own = replace(made.distill, self_first=True, teacher_view="fixed")
+    more = spans(replace(made, distill=own), images_of(made, options), options.cluster, FLOPS_ONLY, "bf16", None)
+    recorded = "self-distill, teacher's logits", "self-distill", "distill, teacher's logits", "distill"
+    assert [span.stage for span in more] == [*names[:-1], *recorded]
+    # Without a teacher in the step it is shorter; to record it is one pass, of 400 epochs.
+    assert more[-1].time.seconds < found[-1].time.seconds and more[-2].hours < more[-1].hours / 100
     first = found[0]
     assert first.hours == pytest.approx(312_785 * first.time.seconds / 3600)
     grown = replace(made, pretrain=replace(made.pretrain, sizes=((0.0, 160), (0.5, 192), (0.8, 224))))

@@ -19,10 +19,10 @@ from fastsimclr import checkpoint
 from fastsimclr.runlog import read_records
 
 ROOT = Path(__file__).parents[1]
-TOTAL = 1438 // 64 + 1
-# Of 1,598 images 1,438 are for training; noise, for scikit-learn's digits take every process a second to import.
+TOTAL = 900 // 64 + 1
+# Of 1,000 images 900 are for training; noise, for scikit-learn's digits take every process a second to import.
 PRETRAIN = (
-    "--config digits.yaml --data.source synthetic --data.synthetic_images 1598 --data.synthetic_size 8"
+    "--config digits.yaml --data.source synthetic --data.synthetic_images 1000 --data.synthetic_size 8"
     " --device cpu --trainer.precision fp32 --model.width 0.125 --pretrain.batch 64"
     " --pretrain.epochs 1 --pretrain.optim.warmup_epochs 0.2 --trainer.log_every_steps 1"
     " --trainer.checkpoint_every_steps 3"

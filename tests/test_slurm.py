@@ -38,9 +38,9 @@ def start(stand: Path, run: Path) -> subprocess.Popen[str]:
         (stand / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (stand / name).chmod(0o755)
     words = (
-        "pretrain --config digits.yaml --data.source synthetic --data.synthetic_images 1598 --data.synthetic_size 8"
+        "pretrain --config digits.yaml --data.source synthetic --data.synthetic_images 1000 --data.synthetic_size 8"
         " --device cpu --trainer.precision fp32 --model.width 0.125 --pretrain.batch 64"
-        " --pretrain.epochs 3 --pretrain.optim.warmup_epochs 0.2 --trainer.log_every_steps 1"
+        " --pretrain.epochs 2 --pretrain.optim.warmup_epochs 0.2 --trainer.log_every_steps 1"
         f" --trainer.checkpoint_every_steps 1000 --out {run}"
     )
     return subprocess.Popen(

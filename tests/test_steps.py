@@ -209,9 +209,13 @@ def test_other_errors_pass_through(tmp_path: Path) -> None:
 
 
 def test_garbage_waits_for_the_log(tmp_path: Path) -> None:
-    seen: list[bool] = []
-    fit(job(tmp_path, hooks=(At(3, lambda: seen.append(gc.isenabled())),)))
-    assert seen == [False] and gc.isenabled()
+    seen: list[tuple[bool, bool]] = []
+    gc.unfreeze()  # of conftest.py
+    try:
+        fit(job(tmp_path, hooks=(At(3, lambda: seen.append((gc.isenabled(), gc.get_freeze_count() > 0))),)))
+        assert seen == [(False, True)] and gc.isenabled() and gc.get_freeze_count() == 0
+    finally:
+        gc.freeze()
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")

@@ -12,10 +12,10 @@ import torch
 from fastsimclr.bench.ceilings import Ceilings, measure_ceilings
 from fastsimclr.bench.memory import Call, free_memory, peak_in_child, peak_on_gpu
 from fastsimclr.bench.record import LOG, Report, Round, frame, spread
+from fastsimclr.loaders.shards.cache import GIB
 from fastsimclr.runtime import Runtime
 
 Row = dict[str, Any]
-GIB = 2**30
 _MOST_CALLS = 10_000
 Timed = Literal["graph", "events", "clock"]
 HOW: dict[Timed, str] = {

@@ -22,7 +22,7 @@ from fastsimclr.objectives import Contrastive
 from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
 from fastsimclr.runlog import aligned
 from fastsimclr.runtime import Runtime, choose_runtime
-from fastsimclr.trainer import Job, Trainer, TrainerConfig
+from fastsimclr.trainer import Trainer, TrainerConfig
 
 WINDOW = 20  # steps whose mean is one point of a curve
 
@@ -77,22 +77,17 @@ def losses_of(config: CurveBench, runtime: Runtime, source: Source, seed: int) -
     objective.register_forward_hook(lambda _module, _inputs, outcome: losses.append(outcome.loss.detach()))
     data = DataConfig(threads=config.threads, loader="native")
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(
-            stage="bench",
-            run=Path(folder),
-            objective=objective,
-            optimizer=build_optimizer(optim, objective, global_batch=config.batch),
-            schedule=Schedule(peak=config.lr, warmup_steps=min(20, config.steps // 2), total_steps=config.steps),
-            batches=lambda start, stop: TrainLoader(
+        job = ours.job_of(
+            objective,
+            build_optimizer(optim, objective, global_batch=config.batch),
+            lambda start, stop: TrainLoader(
                 source, data, batch=config.batch, seed=seed, start=start, stop=stop, pin=runtime.device.type == "cuda"
             ),
+            Schedule(peak=config.lr, warmup_steps=min(20, config.steps // 2), total_steps=config.steps),
             policy=ours.policy_for(config.size),
             batch=config.batch,
             seed=seed,
-            fingerprint=source.fingerprint,
-            recipe="",
-            facts={},
-            resume=False,
+            run=Path(folder),
         )
         trainer = TrainerConfig(log_every_steps=config.steps, checkpoint_every_steps=config.steps, keep_checkpoints=1)
         Trainer(trainer, runtime, job).fit()

@@ -14,7 +14,7 @@ import numpy as np
 from fastsimclr.bench import baseline, loop, watched
 from fastsimclr.bench.files import Files, LabelledFiles, data_loader, open_files
 from fastsimclr.bench.flops import HOW, measure_training
-from fastsimclr.bench.ours import policy_of
+from fastsimclr.bench.ours import Batches, policy_of
 from fastsimclr.bench.record import LOG, Contestant, Report, report, seconds_an_image, spread
 from fastsimclr.bench.step import check_mode, named
 from fastsimclr.bench.trace import trace
@@ -93,7 +93,7 @@ class _Ours:
             watched.trained(name, runtime, config, ready, mode=config.mode, rival=False, facts={"loader": "none"}),
         ]
 
-    def _batches(self, runtime: Runtime, loader: LoaderName) -> watched.Batches:
+    def _batches(self, runtime: Runtime, loader: LoaderName) -> Batches:
         data = DataConfig(threads=self.config.threads, loader=loader)
         held = self.held if loader == "resident" else None
         return watched.loading(self.source, held, runtime, self.config, data)

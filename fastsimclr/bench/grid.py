@@ -113,7 +113,8 @@ def _trained(
     optim = OptimConfig(lr=ours.LR, lr_scaling="none", warmup_epochs=0)
     optimizer = build_optimizer(optim, objective, global_batch=batch)
     watch, cpu = Stopwatch(runtime.device), list[float]()
-    turn = 0
+    schedule = Schedule(peak=ours.LR, warmup_steps=0, total_steps=config.steps)
+    policy, turn = ours.policy_for(size), 0
 
     def batches(start: int, stop: int) -> Iterable[Batch]:
         first = turn * config.steps
@@ -133,20 +134,8 @@ def _trained(
     def run() -> Round:
         nonlocal turn
         with tempfile.TemporaryDirectory() as folder:
-            job = Job(
-                stage="bench",
-                run=Path(folder),
-                objective=objective,
-                optimizer=optimizer,
-                schedule=Schedule(peak=ours.LR, warmup_steps=0, total_steps=config.steps),
-                batches=batches,
-                policy=ours.policy_for(size),
-                batch=batch,
-                seed=config.seed,
-                fingerprint=source.fingerprint,
-                recipe="",
-                facts={},
-                resume=False,
+            job = ours.job_of(
+                objective, optimizer, batches, schedule, policy=policy, batch=batch, seed=config.seed, run=Path(folder)
             )
             _Timed(runtime, job, watch, cpu).fit()
         turn += 1

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from fastsimclr.bench.training_configs import Stage, StageBench
-from fastsimclr.loaders import Policy
+from fastsimclr.loaders import Batch, Policy
 from fastsimclr.models import ClassifierNet, ModelConfig, SimCLRNet, build_classifier, build_simclr
 from fastsimclr.objectives import Contrastive, CrossEntropy, Distillation, Objective
-from fastsimclr.optim import OptimConfig, build_optimizer
+from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
+from fastsimclr.trainer import Job
 
 # What both sides train with; SimCLR v1's head, which lightly's default is too.
 HEAD_LAYERS, HEAD_DIM, TEMPERATURE = 2, 128, 0.5
 # A small rate: losses stay comparable where a baseline sees the same few views again.
 LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1e-4
 SOFTNESS = 1.0  # temperature of a distillation
+Batches = Callable[[int, int], Iterable[Batch]]
+"""(start, stop) -> the batches of those steps."""
 
 
 def network(arch: str, size: int, seed: int) -> SimCLRNet:
@@ -72,3 +76,32 @@ def optimizer_of(config: StageBench, objective: Objective, global_batch: int) ->
     heads = objective.supervised_heads()
     name = "SGD (Nesterov)" if optim.name == "sgd" else "LARS (google)"
     return build_optimizer(optim, objective, global_batch=global_batch, heads=heads), name
+
+
+def job_of(
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    schedule: Schedule,
+    *,
+    policy: Policy,
+    batch: int,
+    seed: int,
+    run: Path,
+) -> Job:
+    """A trainer's job that belongs to no recipe and resumes nothing. batch: of all ranks. run: its folder."""
+    return Job(
+        stage="bench",
+        run=run,
+        objective=objective,
+        optimizer=optimizer,
+        schedule=schedule,
+        batches=batches,
+        policy=policy,
+        batch=batch,
+        seed=seed,
+        fingerprint="",
+        recipe="",
+        facts={},
+        resume=False,
+    )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastsimclr.accumulate import Scale
 from fastsimclr.bench.flops import flops_per_image
-from fastsimclr.bench.ours import LR, networks_of, objective_of, optimizer_of, policy_of
+from fastsimclr.bench.ours import LR, Batches, job_of, networks_of, objective_of, optimizer_of, policy_of
 from fastsimclr.bench.record import LAST, Contestant, Round, Stopwatch
 from fastsimclr.bench.training_configs import Mode, StageBench
 from fastsimclr.feed import Feed, Shipment
@@ -30,8 +30,6 @@ from fastsimclr.runlog import RunLog
 from fastsimclr.runtime import Runtime
 from fastsimclr.trainer import Job, Trainer, TrainerConfig
 
-Batches = Callable[[int, int], Iterable[Batch]]
-"""(start, stop) -> the batches of those steps."""
 READY = 4  # batches of ready-made views or images that a part of the work goes around
 _PREPARING: dict[Mode, int] = {"eager": 0, "compile": 2, "graph": WARM_UP + 1}  # steps; the last captures the graph
 
@@ -114,20 +112,10 @@ def trained(
     optimizer, optimizer_name = optimizer_of(config, objective, global_batch)
     watch = Stopwatch(runtime.device)
     _mark_phases(objective, optimizer, watch, mode)
-    job = Job(
-        stage="bench",
-        run=Path(),
-        objective=objective,
-        optimizer=optimizer,
-        schedule=Schedule(peak=LR, warmup_steps=0, total_steps=config.steps),
-        batches=batches,
-        policy=policy_of(config.stage, config.size),
-        batch=global_batch,
-        seed=config.seed,
-        fingerprint="",
-        recipe="",
-        facts={},
-        resume=False,
+    schedule = Schedule(peak=LR, warmup_steps=0, total_steps=config.steps)
+    policy = policy_of(config.stage, config.size)
+    job = job_of(
+        objective, optimizer, batches, schedule, policy=policy, batch=global_batch, seed=config.seed, run=Path()
     )
     many = 2**40  # steps between records and checkpoints: there is one of each, at the end of a round
     trainer = _Watched(

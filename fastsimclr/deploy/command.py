@@ -26,7 +26,7 @@ def add_deploy(name: str, parser: ArgumentParser) -> None:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser.add_argument("--from", type=str, required=True, help="Run folder of a stage that trains, or a checkpoint.")
     parser.add_class_arguments(_COMMANDS[name][0], as_group=False, skip=_BY_HAND)
-    parser.add_argument("--overwrite", action="store_true", help="Replace the file where it exists.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the files where they exist.")
     parser.add_argument("--traceback", action="store_true", help="Show Python's traceback with an error.")
 
 

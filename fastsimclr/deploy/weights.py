@@ -1,8 +1,9 @@
-"""Weights for torchvision's ResNets, and weights with all that is needed to use them as safetensors."""
+"""Weights for the ResNets of other libraries, and weights with all that is needed to use them as safetensors."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -10,41 +11,53 @@ from fastsimclr.deploy.card import Card
 from fastsimclr.deploy.files import need
 from fastsimclr.models import ClassifierNet, ResNet, build_classifier, build_encoder, load_weights
 
+Library = Literal["torchvision", "timm", "transformers"]
 
-def torchvision_state(network: ClassifierNet | ResNet, card: Card, origin: str) -> dict[str, Tensor]:
-    """A state dict for torchvision.models.<arch>(num_classes=K): the encoder, and `fc` where network is a classifier.
 
-    ValueError, calling the weights `origin`, with every reason why torchvision has no such network.
+def torchvision_state(
+    network: ClassifierNet | ResNet, card: Card, origin: str, library: Library = "torchvision"
+) -> dict[str, Tensor]:
+    """A state dict for the ResNet `card.config.arch` of torchvision or timm, which share their names.
+
+    The encoder, and `fc` where network is a classifier. ValueError, calling the weights `origin`, with every reason why
+    the library has no such network.
     """
     encoder = network if isinstance(network, ResNet) else network.encoder
-    _refuse_what_torchvision_lacks(encoder, card, origin)
+    of_body, of_head = misfits(encoder, card, library)
+    if of_body or of_head:
+        alone = ", or --part encoder for the encoder alone" if not of_body else ""
+        raise ValueError(
+            f"{origin} does not fit {library}: {'; '.join(of_body + of_head)};"
+            f" use --format huggingface, safetensors or onnx{alone}"
+        )
     state = dict(encoder.state_dict())
     if isinstance(network, ClassifierNet):
         state |= {f"fc.{name}": value for name, value in network.classifier.state_dict().items()}
     return {name: value.contiguous() for name, value in state.items()}
 
 
-def _refuse_what_torchvision_lacks(encoder: ResNet, card: Card, origin: str) -> None:
+def misfits(encoder: ResNet, card: Card, library: Library) -> tuple[list[str], list[str]]:
+    """Every reason why the ResNets of `library` cannot hold the network: those of the encoder, and of the classifier.
+
+    timm has torchvision's networks and ResNet-200 (timm/models/resnet.py); transformers' ResNetConfig also takes other
+    widths (transformers/models/resnet).
+    """
     config = card.config
     cifar = isinstance(encoder.maxpool, nn.Identity)
     basic = config.arch in ("resnet18", "resnet34")
+    stem_only = "widen the 3x3 convolutions only" if library == "torchvision" else "keep a stem of 64 channels"
     of_body = {
-        "it has no resnet200": config.arch == "resnet200",
-        "it has no selective kernels (model.selective_kernels)": config.selective_kernels,
+        "it has no resnet200": config.arch == "resnet200" and library == "torchvision",
+        "it has no selective kernels of SimCLRv2 (model.selective_kernels)": config.selective_kernels,
         "it has no 3x3 stem without max-pool (model.stem cifar)": cifar,
-        f"its networks of other widths than 1 widen the 3x3 convolutions only (model.width {config.width:g})": (
-            encoder.bn1.num_features != 64
+        f"its networks of other widths than 1 {stem_only} (model.width {config.width:g})": (
+            encoder.bn1.num_features != 64 and library != "transformers"
         ),
         "it pads the max-pool on both sides (model.maxpool tf_same)": config.maxpool == "tf_same" and not cifar,
         "its first block has no projection (model.project_first)": config.project_first and basic,
     }
     of_head = {f"its fc stands on the encoder, this classifier on head layer {card.head_layer}": card.head_layer > 0}
-    reasons = [reason for reason, holds in {**of_body, **of_head}.items() if holds]
-    if reasons:
-        alone = ", or --part encoder for the encoder alone" if not any(of_body.values()) else ""
-        raise ValueError(
-            f"{origin} does not fit torchvision: {'; '.join(reasons)}; use --format safetensors or onnx{alone}"
-        )
+    return ([reason for reason, holds in of_body.items() if holds], [why for why, holds in of_head.items() if holds])
 
 
 def write_safetensors(network: nn.Module, card: Card, path: Path) -> None:
@@ -74,10 +87,13 @@ def load_safetensors(path: str | Path) -> tuple[ClassifierNet | ResNet, Card]:
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read as safetensors ({error}); export it again") from error
     card = Card.parse(metadata, str(path))
-    network: ClassifierNet | ResNet
-    if card.part == "classifier":
-        network = build_classifier(card.config, card.size, len(card.classes), card.head_layer)
-    else:
-        network = build_encoder(card.config, card.size)
+    network = empty_network(card)
     load_weights(network, state, str(path))
     return network.eval(), card
+
+
+def empty_network(card: Card) -> ClassifierNet | ResNet:
+    """The network that a card tells of, with fresh weights."""
+    if card.part == "classifier":
+        return build_classifier(card.config, card.size, len(card.classes), card.head_layer)
+    return build_encoder(card.config, card.size)

@@ -5,5 +5,6 @@ from fastsimclr.objectives.contrastive import Contrastive
 from fastsimclr.objectives.cross_entropy import CrossEntropy
 from fastsimclr.objectives.distillation import Distillation
 from fastsimclr.objectives.linear_sweep import LinearSweep
+from fastsimclr.objectives.momentum import MomentumContrast
 
-__all__ = ["Contrastive", "CrossEntropy", "Distillation", "LinearSweep", "Objective", "Outcome"]
+__all__ = ["Contrastive", "CrossEntropy", "Distillation", "LinearSweep", "MomentumContrast", "Objective", "Outcome"]

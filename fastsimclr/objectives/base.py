@@ -33,15 +33,23 @@ class Objective(nn.Module, ABC):
     views: int
     group: dist.ProcessGroup | None = None
     joint = False
-    """Whether the loss compares the images of a batch with one another: `forward` is then `compare` of `embed`. The
-    others' loss is a mean over images, so that the mean over equal parts of a batch is that of the whole."""
+    """Whether the loss compares the images of a batch with one another: `forward` is then `compare` of `embed` and
+    `contrasts`. The others' loss is a mean over images, so that the mean over equal parts of a batch is that of the
+    whole."""
 
     def embed(self, images: Tensor) -> Tensor:
         """Of a joint objective, what its loss compares: [V·N, D] for images float [V·N, 3, S, S], view-major."""
         raise NotImplementedError(f"{type(self).__name__} compares no images")
 
-    def compare(self, embedded: Tensor, labels: Tensor) -> Outcome:
-        """Of a joint objective, the outcome of what `embed` made of this rank's whole batch, [V·N, D]."""
+    def contrasts(self, images: Tensor) -> Tensor | None:
+        """Of a joint objective, what embeddings are compared with instead of one another, [V·N, D], without a graph.
+
+        Called once a step for each image, with the images as `embed` has them. None: they are compared with each other.
+        """
+        return None
+
+    def compare(self, embedded: Tensor, labels: Tensor, contrasts: Tensor | None = None) -> Outcome:
+        """Of a joint objective, the outcome of what `embed` and `contrasts` made of this rank's batch, [V·N, D]."""
         raise NotImplementedError(f"{type(self).__name__} compares no images")
 
     @abstractmethod
@@ -53,6 +61,9 @@ class Objective(nn.Module, ABC):
 
         For losses that divide by what they find in the batch, as by the number of its labels.
         """
+
+    def updated(self) -> None:
+        """Called after each step of the optimizer, for what follows the weights without a gradient."""
 
     @abstractmethod
     def loss_name(self, device: torch.device) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsimclr.kernels.backend import chosen
-from fastsimclr.kernels.nt_xent import nt_xent
+from fastsimclr.kernels.nt_xent import NtXent, nt_xent
 from fastsimclr.models import SimCLRNet
 from fastsimclr.objectives.base import Objective, Outcome
 
@@ -33,14 +33,19 @@ class Contrastive(Objective):
         return chosen("nt_xent", device)
 
     def forward(self, images: Tensor, labels: Tensor) -> Outcome:
-        return self.compare(self.embed(images), labels)
+        contrasts = self.contrasts(images)  # first, while no activations wait for the backward pass
+        return self.compare(self.embed(images), labels, contrasts)
 
     def embed(self, images: Tensor) -> Tensor:
         """The projections of the views."""
         projections: Tensor = self.network(images)[1]
         return projections
 
-    def compare(self, embedded: Tensor, labels: Tensor) -> Outcome:
+    def compare(self, embedded: Tensor, labels: Tensor, contrasts: Tensor | None = None) -> Outcome:
         """NT-Xent of projections [2N, D]."""
-        result = nt_xent(embedded, self.temperature, scaling=self.scaling, group=self.group)
-        return Outcome(loss=result.loss, metrics={"contrastive_top1": result.top1, "contrastive_top5": result.top5})
+        return outcome_of(nt_xent(embedded, self.temperature, scaling=self.scaling, group=self.group))
+
+
+def outcome_of(result: NtXent) -> Outcome:
+    """The loss, and how well the positives rank, as metrics."""
+    return Outcome(loss=result.loss, metrics={"contrastive_top1": result.top1, "contrastive_top5": result.top5})

@@ -8,8 +8,9 @@ from typing import get_args
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from fastsimclr.loaders.shards.cache import GIB
 from fastsimclr.planning.check import check
-from fastsimclr.planning.estimate import GIB, StepPlan, at_once, counted_for, memory, shares_of
+from fastsimclr.planning.estimate import StepPlan, at_once, counted_for, memory, shares_of
 from fastsimclr.planning.hardware import GpuName, PlanOptions
 from fastsimclr.planning.published import prior_of
 from fastsimclr.planning.rates import Rates, rates_of, read_reports

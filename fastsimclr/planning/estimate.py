@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fastsimclr.loaders.shards.cache import GIB
 from fastsimclr.models import ModelConfig
 from fastsimclr.planning.hardware import Cluster
-from fastsimclr.planning.rates import Rates, lars_work, loss_work
+from fastsimclr.planning.rates import Rates, lars_work, loss_work, momentum_work
 from fastsimclr.planning.work import Counted, Work, count
 from fastsimclr.trainer import TrainerConfig
 
-GIB = 2**30
 HALF = ("bf16", "fp16")
 
 
@@ -77,6 +77,7 @@ class StepPlan:
     """What a training step is made of. `views`: of an image. batch: images over all ranks. layer: as in count.
 
     teacher: work of a frozen teacher's forward pass of a rank. frozen: the encoder only runs forward, BN fixed.
+    memory: keys in pretraining's queue; above 0 a momentum encoder makes them, in one forward pass more.
     """
 
     model: ModelConfig
@@ -88,6 +89,7 @@ class StepPlan:
     layer: int | None = None
     teacher: Work | None = None
     frozen: bool = False
+    memory: int = 0
 
 
 def shares_of(trainer: TrainerConfig, cluster: Cluster) -> int:
@@ -107,14 +109,8 @@ def at_once(step: StepPlan, trainer: TrainerConfig, cluster: Cluster) -> tuple[i
             f" use {max(step.batch - step.batch % cluster.gpus, cluster.gpus)}, or another number of GPUs"
         )
     share = step.batch // cluster.gpus
-    micro = min(trainer.micro_batch or share, share)
-    if step.views == 1:  # a loss that compares no images
-        micro = max(size for size in range(1, micro + 1) if share % size == 0)
-    if share % micro:
-        raise ValueError(
-            f"trainer.micro_batch={micro} does not divide the {share} images that a GPU has of batch={step.batch};"
-            f" use a divisor of {share}"
-        )
+    # A loss of one view an image compares no images.
+    micro = trainer.at_once(share, joint=step.views > 1, whole=f"batch={step.batch}")
     return micro, share // micro
 
 
@@ -138,7 +134,7 @@ def step_time(
     counted = counted_for(step, micro)
     world, share = cluster.gpus, micro * passes
     caching = passes > 1 and step.layer is None  # gradient caching embeds all first; other losses need not
-    forwards = 1 + int(caching) + int(trainer.checkpoint_activations and not step.frozen)
+    forwards = 1 + int(caching) + int(trainer.checkpoint_activations and not step.frozen) + int(step.memory > 0)
     work = counted.forward.times(forwards * passes)
     if not step.frozen:
         work += counted.backward.times(passes) + lars_work(counted)
@@ -146,9 +142,13 @@ def step_time(
         work += step.teacher
     gather = 0.0
     if step.layer is None:
-        work += loss_work(share, step.batch, step.model.head_dim)
+        work += loss_work(share, step.batch, step.model.head_dim, step.memory)
+        if step.memory:
+            work += momentum_work(counted)
         if world > 1:
             embeddings = 2.0 * step.batch * (step.model.head_dim * 2 + 4)  # half a vector, and one number a row
+            if step.memory:  # keys for the loss, keys for the queue
+                embeddings = 2.0 * step.batch * step.model.head_dim * (2 + 4)
             gather = _collectives(2, cluster.all_gather_bytes(embeddings, world), world, cluster)
     gradients = 0.0
     if world > 1 and not step.frozen:
@@ -182,20 +182,25 @@ def _collectives(many: int, moved: float, ranks: int, cluster: Cluster) -> float
 
 
 def memory(step: StepPlan, trainer: TrainerConfig, cluster: Cluster, workspace_gib: float) -> Memory:
-    """What one GPU holds. Gradients of two of the largest maps are there while the backward pass runs."""
+    """What one GPU holds. Gradients of two of the largest maps are there while the backward pass runs.
+
+    The momentum encoder counts with the weights, its queue and the loss's copy of it with the loss; what it computes is
+    gone before the network's own activations are there.
+    """
     micro, passes = at_once(step, trainer, cluster)
     counted = counted_for(step, micro)
     element = 2 if step.precision in HALF else 4
     kept = counted.kept_bytes if trainer.checkpoint_activations else counted.saved_bytes
     rows = step.views * micro * passes
     gathered = step.views * step.batch * step.model.head_dim * (element + 4) if step.layer is None else 0
+    queue = step.memory * step.model.head_dim * (4 + element)
     return Memory(
-        weights=4.0 * counted.parameters,
+        weights=4.0 * counted.parameters * (2 if step.memory else 1),
         momentum=4.0 * counted.parameters,
         gradients=4.0 * counted.parameters,
         half_weights=2.0 * counted.parameters if step.precision in HALF else 0.0,
         activations=float(kept + 2 * counted.largest_bytes),
         views=3.0 * rows * step.size**2 * element,
-        loss=float(gathered),
+        loss=float(gathered + queue),
         workspace=workspace_gib * GIB,
     )

@@ -19,6 +19,7 @@ from fastsimclr.models import ModelConfig
 from fastsimclr.planning.work import Counted, Work, count
 
 LARS_BYTES = 28  # a parameter: the norms read weight and gradient, the update both and the momentum, and writes two
+EMA_BYTES = 12  # a parameter: both networks' are read, the momentum encoder's written
 TERMS = 3
 
 
@@ -79,14 +80,20 @@ def step_work(counted: Counted, model: ModelConfig, images: int, all_images: int
     return counted.forward + counted.backward + loss_work(images, all_images, model.head_dim) + lars_work(counted)
 
 
-def loss_work(images: int, all_images: int, dim: int) -> Work:
-    """NT-Xent of 2·images rows against 2·all_images columns: products of 2 and 4 mMD operations, forward and back."""
-    return Work(flops=6.0 * (2 * images) * (2 * all_images) * dim, ops=4)
+def loss_work(images: int, all_images: int, dim: int, memory: int = 0) -> Work:
+    """NT-Xent of 2·images rows against 2·all_images columns and a memory of more: products of 2 and 4 mMD operations,
+    forward and back."""
+    return Work(flops=6.0 * (2 * images) * (2 * all_images + memory) * dim, ops=4)
 
 
 def lars_work(counted: Counted) -> Work:
     """An update of every parameter, in two launches."""
     return Work(bytes=float(LARS_BYTES * counted.parameters), ops=2)
+
+
+def momentum_work(counted: Counted) -> Work:
+    """The momentum encoder's step towards the network, in one launch."""
+    return Work(bytes=float(EMA_BYTES * counted.parameters), ops=1)
 
 
 def fit(works: Sequence[Work], seconds: Sequence[float], origin: str) -> Rates:

@@ -93,6 +93,7 @@ def pretraining(recipe: Recipe, precision: str, size: int) -> StepPlan:
         batch=recipe.pretrain.batch,
         views=2,
         precision=precision,
+        memory=recipe.pretrain.memory,
     )
 
 
@@ -124,6 +125,16 @@ def spans(
         time = StepTime(images=batch, compute_s=seconds, input_s=reading or 0.0)
         return Span(stage=stage, size=size, steps=math.ceil(n / batch), time=time)
 
+    def distilled(stage: str, student: ModelConfig, layer: int) -> list[Span]:
+        """Of the recipe's network with a classifier on head layer `layer`."""
+        step = replace(classifier, model=student)
+        if recipe.distill.teacher_view == "fixed":
+            recording = passed(f"{stage}, teacher's logits", images.unlabelled)
+            return [recording, training(stage, recipe.distill, images.unlabelled, step)]
+        share = max(1, recipe.distill.batch // cluster.gpus)
+        step = replace(step, teacher=_forward(model, size, share, precision, layer))
+        return [training(stage, recipe.distill, images.unlabelled, step)]
+
     classifier = StepPlan(model=model, size=size, stem_size=size, batch=0, views=1, precision=precision, layer=0)
     found = []
     total = images.unlabelled * recipe.pretrain.epochs // recipe.pretrain.batch + 1
@@ -147,10 +158,11 @@ def spans(
     layer = min(recipe.finetune.head_layer, model.head_layers)
     tuned = replace(classifier, layer=layer)
     found.append(training("finetune", recipe.finetune, images.of(recipe.finetune.labels), tuned))
-    share = max(1, recipe.distill.batch // cluster.gpus)
-    student = replace(classifier, model=recipe.distill.student, teacher=_forward(model, size, share, precision, layer))
-    found.append(training("distill", recipe.distill, images.unlabelled, student))
-    return found
+    own = replace(model, head_layers=0)
+    if recipe.distill.self_first:
+        found += distilled("self-distill", own, layer)
+    student = own if recipe.distill.into_itself else recipe.distill.student
+    return found + distilled("distill", student, 0 if recipe.distill.self_first else layer)
 
 
 def _forward(model: ModelConfig, size: int, images: int, precision: str, layer: int = 0) -> Work:

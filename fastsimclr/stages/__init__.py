@@ -1,18 +1,22 @@
 """The stages: each reads a recipe, builds the parts, runs the trainer and writes result.json."""
 
 from fastsimclr.stages.chain import run_chain, run_seeds
-from fastsimclr.stages.classifiers import distill, finetune, supervised
+from fastsimclr.stages.classifiers import finetune, supervised
+from fastsimclr.stages.distillation import distill
 from fastsimclr.stages.evaluation import evaluate_knn, evaluate_linear
 from fastsimclr.stages.networks import recipe_path
 from fastsimclr.stages.pretrain import pretrain
-from fastsimclr.stages.report import result_lines, summary
+from fastsimclr.stages.protocols import evaluate
+from fastsimclr.stages.report import evaluation_lines, result_lines, summary
 from fastsimclr.stages.setting import Setting
 
 __all__ = [
     "Setting",
     "distill",
+    "evaluate",
     "evaluate_knn",
     "evaluate_linear",
+    "evaluation_lines",
     "finetune",
     "pretrain",
     "recipe_path",

@@ -1,22 +1,25 @@
-"""The whole chain: pretrain, linear, knn, finetune, supervised, distill, going on where it stopped."""
+"""The whole chain: pretrain, knn, linear, supervised, finetune, distill, going on where it stopped."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastsimclr import checkpoint
-from fastsimclr.recipe import Recipe, dump_recipe
+from fastsimclr.recipe import Recipe, dump_recipe, parse_recipe
 from fastsimclr.runlog import logger
-from fastsimclr.stages.classifiers import distill, finetune, supervised
+from fastsimclr.stages.classifiers import finetune, supervised
+from fastsimclr.stages.distillation import distill
 from fastsimclr.stages.evaluation import evaluate_knn, evaluate_linear
 from fastsimclr.stages.pretrain import pretrain
 from fastsimclr.stages.setting import Setting
 
 Results = dict[str, dict[str, Any]]
 STAGES = ("pretrain", "knn", "linear", "supervised", "finetune", "distill")
+SELF_FIRST = (*STAGES[:-1], "self-distill", STAGES[-1])
 
 
 def run_chain(recipe: Recipe, out: Path) -> Results:
@@ -25,10 +28,11 @@ def run_chain(recipe: Recipe, out: Path) -> Results:
     Raises FileExistsError if `out` holds a run of another recipe.
     """
     setting = Setting(recipe)
+    stages = SELF_FIRST if recipe.distill.self_first else STAGES
     first = setting.ranks.on_first
     first(lambda: _claim(recipe, out))
-    results: Results = first(lambda: _done(out))
-    for stage in STAGES:
+    results: Results = first(lambda: _done(out, stages))
+    for stage in stages:
         run = out / stage
         if stage in results:
             logger.info("%s: done before, in %s", stage, run / "result.json")
@@ -44,11 +48,14 @@ def run_chain(recipe: Recipe, out: Path) -> Results:
                 result = supervised(setting, run, resume=True)
             case "finetune":
                 result = finetune(setting, out / "pretrain", run, resume=True)
+            case "self-distill":
+                own = replace(recipe, distill=replace(recipe.distill, into_itself=True))
+                result = distill(setting.with_recipe(own), out / "finetune", run, resume=True)
             case _:
-                result = distill(setting, out / "finetune", run, resume=True)
+                result = distill(setting, out / stages[-2], run, resume=True)
         results[stage] = result
         logger.info("%s: %s", stage, _brief(result))
-    results = {stage: results[stage] for stage in STAGES}
+    results = {stage: results[stage] for stage in stages}
     if setting.ranks.first:
         checkpoint.write_text(out / "result.json", json.dumps(results, indent=2) + "\n")
     return results
@@ -68,8 +75,8 @@ def run_seeds(recipe: Recipe, out: Path, seeds: int) -> list[Results]:
     return every
 
 
-def _done(out: Path) -> Results:
-    files = {stage: out / stage / "result.json" for stage in STAGES}
+def _done(out: Path, stages: Sequence[str]) -> Results:
+    files = {stage: out / stage / "result.json" for stage in stages}
     return {stage: json.loads(path.read_text()) for stage, path in files.items() if path.is_file()}
 
 
@@ -77,6 +84,8 @@ def _claim(recipe: Recipe, out: Path) -> None:
     path, text = out / "recipe.yaml", dump_recipe(recipe)
     begun = any((out / stage / "recipe.yaml").is_file() for stage in STAGES)
     changes = checkpoint.differences(path.read_text(), text) if begun and path.is_file() else []
+    if changes:  # an earlier version lacks some keys: they have had their defaults
+        changes = checkpoint.differences(dump_recipe(parse_recipe(path.read_text())), text)
     changes = [change for change in changes if not change.startswith("trainer.")]  # which the stages look at themselves
     if changes:
         raise FileExistsError(

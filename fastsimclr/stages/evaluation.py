@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from fastsimclr import checkpoint
-from fastsimclr.evaluate import Score, calibrate_bn, extract, knn, logistic_regression, raw_pixels, score
+from fastsimclr.evaluate import Features, calibrate_bn, extract, knn, logistic_regression, raw_pixels
 from fastsimclr.loaders import DataError, Source, hold_out
 from fastsimclr.models import Classifier, ClassifierNet, ModelConfig, ProjectionHead, build_encoder
 from fastsimclr.objectives import CrossEntropy, LinearSweep
 from fastsimclr.optim import HeadSetting
+from fastsimclr.scores import Report, Score, score
+from fastsimclr.stages.measured import measure, measured
 from fastsimclr.stages.networks import digest, load_encoder
 from fastsimclr.stages.published import beside
 from fastsimclr.stages.setting import Setting
@@ -51,7 +53,9 @@ def evaluate_linear(setting: Setting, source: Path, run: Path, resume: bool) -> 
     else:
         bank = features(labelled)
     fitted = logistic_regression(bank, classes, l2=l2, ranks=ranks)
-    found = fitted.score(features(setting.splits.val), ranks)
+    test = features(setting.splits.val)
+    logits = fitted.logits(test)
+    found = measure(setting, score(logits, test.labels, ranks), test, logits)
     facts = {
         "method": "lbfgs",
         "l2": l2,
@@ -149,9 +153,9 @@ def _table(held: Source, settings: Sequence[dict[str, float]], tried: Sequence[S
     return {"sweep": {"held_out": len(held), "tried": rows, "chosen": dict(settings[chosen])}}, chosen
 
 
-def _comparable(setting: Setting, stage: str, made: dict[str, Any], found: Score) -> dict[str, Any]:
-    """per_class and, for the encoder of a pretraining, what is published of such a network."""
-    facts: dict[str, Any] = {"per_class": found.per_class(setting.splits.val.classes)}
+def _comparable(setting: Setting, stage: str, made: dict[str, Any], found: Report) -> dict[str, Any]:
+    """What was measured beside the metrics and, for the encoder of a pretraining, what is published of such a one."""
+    facts = measured(setting, found)
     if not made["classes"]:  # else the encoder learned from labels
         labels = setting.recipe.linear.labels if stage == "linear" else setting.recipe.knn.labels
         facts |= beside(setting, stage, ModelConfig(**made["model"]), labels)
@@ -165,24 +169,25 @@ def evaluate_knn(setting: Setting, source: Path, run: Path, resume: bool) -> dic
     config, policy = recipe.knn, setting.evaluation_policy
     labelled, val = setting.labelled(config.labels), setting.splits.val
 
-    def measure(network: Any) -> dict[tuple[int, float], Score]:
+    def tried(network: Any) -> tuple[dict[tuple[int, float], Score], Features]:
         bank = extract(network, setting.passes(labelled), policy, runtime)
         test = extract(network, setting.passes(val), policy, runtime)
         classes = len(labelled.classes)
-        return knn(bank, test, classes, ks=config.ks, temperatures=config.temperatures, ranks=ranks)
+        return knn(bank, test, classes, ks=config.ks, temperatures=config.temperatures, ranks=ranks), test
 
     trained, made = ranks.on_first(lambda: load_encoder(source))
     encoder = runtime.place(trained).eval()
-    table = measure(encoder)
-    (k, temperature), found = next(iter(table.items()))
+    table, test = tried(encoder)
+    (k, temperature), first = next(iter(table.items()))
+    found = measure(setting, first, test)
     metrics = dict(found.metrics)
     if config.baselines:
         torch.manual_seed(recipe.seed)
         untrained = runtime.place(build_encoder(ModelConfig(**made["model"]), made["size"]))
         few = setting.first(labelled, _CALIBRATION_IMAGES)
         calibrate_bn(untrained, setting.passes(few, sharded=False), policy, runtime)
-        metrics["untrained_top1"] = next(iter(measure(untrained).values())).top1
-        metrics["raw_pixels_top1"] = next(iter(measure(raw_pixels).values())).top1
+        metrics["untrained_top1"] = next(iter(tried(untrained)[0].values())).top1
+        metrics["raw_pixels_top1"] = next(iter(tried(raw_pixels)[0].values())).top1
     facts: dict[str, Any] = {"k": k, "temperature": temperature, "labels": len(labelled)}
     if len(table) > 1:
         facts["table"] = [{"k": k, "temperature": t, **entry.metrics} for (k, t), entry in table.items()]

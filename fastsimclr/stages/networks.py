@@ -73,8 +73,14 @@ def load_encoder(run: Path) -> tuple[ResNet, dict[str, Any]]:
 
 def load_classifier(run: Path) -> tuple[ClassifierNet, tuple[str, ...]]:
     """The classifier of a linear (sgd), finetune, supervised or distill run, and its class names."""
+    network, facts = classifier_and_facts(run)
+    return network, tuple(facts["classes"])
+
+
+def classifier_and_facts(run: Path) -> tuple[ClassifierNet, dict[str, Any]]:
+    """The classifier of a run that has one, and its `network_facts`."""
     path, state = _load(run)
-    return _classifier(path, state), tuple(state["facts"]["classes"])
+    return _classifier(path, state), _network_facts_of(state)
 
 
 def _classifier(path: Path, state: dict[str, Any]) -> ClassifierNet:

@@ -10,7 +10,8 @@ import torch
 
 from fastsimclr.evaluate import extract, knn, logistic_regression
 from fastsimclr.models import SimCLRNet, build_simclr
-from fastsimclr.objectives import Contrastive
+from fastsimclr.objectives import Contrastive, MomentumContrast
+from fastsimclr.recipe import Recipe
 from fastsimclr.runlog import logger
 from fastsimclr.stages.networks import network_facts
 from fastsimclr.stages.setting import Setting
@@ -23,7 +24,7 @@ def pretrain(setting: Setting, run: Path, resume: bool) -> dict[str, Any]:
     config = recipe.pretrain
     torch.manual_seed(recipe.seed)
     network = build_simclr(recipe.model, recipe.views.size)
-    objective = Contrastive(network, temperature=config.temperature, scaling=config.scaling)
+    objective = _objective(recipe, network)
     source = setting.splits.unlabelled
     hooks = []
     if config.probe_every_epochs is not None and not (len(setting.splits.train) and len(setting.splits.val)):
@@ -40,12 +41,34 @@ def pretrain(setting: Setting, run: Path, resume: bool) -> dict[str, Any]:
         source=source,
         config=config,
         policy=recipe.views,
-        facts=network_facts(recipe.model, recipe.views.size),
+        facts={
+            **network_facts(recipe.model, recipe.views.size),
+            "pretrain.memory": config.memory or None,
+            "pretrain.momentum": config.momentum if config.memory else None,
+        },
         resume=resume,
-        hooks=hooks,
+        hooks=lambda batch: hooks,
         sizes=config.sizes,
     )
     return write_result(setting, run, outcome, metrics={}, network=network)
+
+
+def _objective(recipe: Recipe, network: SimCLRNet) -> Contrastive:
+    config = recipe.pretrain
+    if not config.memory:
+        return Contrastive(network, temperature=config.temperature, scaling=config.scaling)
+    if recipe.trainer.cuda_graph:
+        raise ValueError(
+            f"trainer.cuda_graph=True is for steps of one shape, not for pretrain.memory={config.memory}, whose queue"
+            " grows; leave one of them out"
+        )
+    return MomentumContrast(
+        network,
+        temperature=config.temperature,
+        scaling=config.scaling,
+        memory=config.memory,
+        momentum=config.momentum,
+    )
 
 
 _PROBE_IMAGES = 20_000  # enough to follow a training; all of ImageNet would take the GPU's memory

@@ -20,10 +20,17 @@ _ROWS = (
     ("linear on the pretrained network", "linear", "top1", True),
     ("supervised from scratch", "supervised", "top1", True),
     ("fine-tuned", "finetune", "top1", True),
+    ("self-distilled", "self-distill", "top1", True),
     ("distilled student", "distill", "top1", True),
 )
 _WEAKEST = 3  # classes that are named
 _GAINS = (("fine-tuned - supervised", "finetune", "supervised"), ("student - teacher", "distill", "finetune"))
+_SELF_FIRST_GAINS = (
+    _GAINS[0],
+    ("self-distilled - fine-tuned", "self-distill", "finetune"),
+    ("student - teacher", "distill", "self-distill"),
+    ("student - fine-tuned", "distill", "finetune"),
+)
 
 
 def summary(runs: Sequence[Results]) -> str:
@@ -32,7 +39,7 @@ def summary(runs: Sequence[Results]) -> str:
     rows = [("", "top-1", "labels", "parameters", "seconds")]
     known: list[str] = []
     for name, stage, metric, own in _ROWS:
-        if metric in first[stage]["metrics"]:
+        if stage in first and metric in first[stage]["metrics"]:
             labels, parameters = first[stage].get("labels", 0), first[stage]["parameters"]
             seconds = statistics.mean(run[stage]["seconds"] for run in runs)
             rows.append(
@@ -46,7 +53,10 @@ def summary(runs: Sequence[Results]) -> str:
             )
             if own and (line := published_line(first[stage])):
                 known.append(f"{name}: {line}")
-    gains = [(name, [run[a]["metrics"]["top1"] - run[b]["metrics"]["top1"] for run in runs]) for name, a, b in _GAINS]
+    gains = [
+        (name, [run[a]["metrics"]["top1"] - run[b]["metrics"]["top1"] for run in runs])
+        for name, a, b in (_SELF_FIRST_GAINS if "self-distill" in first else _GAINS)
+    ]
     training = first["pretrain"]["training"]
     seconds = statistics.mean(run["pretrain"]["seconds"] for run in runs)
     data, where = first["pretrain"]["data"], first["pretrain"]["environment"]
@@ -64,6 +74,25 @@ def summary(runs: Sequence[Results]) -> str:
     )
 
 
+def evaluation_lines(evaluation: dict[str, Any]) -> list[str]:
+    """The table of `fastsimclr evaluate`, a row a protocol; - where something was not measured or is not comparable."""
+    rows = [("protocol", "labels", "top-1", "top-5", "ECE", "published", "seconds")]
+    known = []
+    for row in evaluation["protocols"]:
+        published, labels = row["published"], row["labels"]
+        shown = [row["top1"], row["top5"], row["ece"], published and published["top1"]]
+        cells = ("-" if value is None else f"{value:.4f}" for value in shown)
+        rows.append((row["protocol"], "-" if labels is None else f"{labels:,}", *cells, f"{row['seconds']:.0f}"))
+        if published:
+            known.append(f"{row['protocol']}: {published_line({'published': [published]})}")
+        if (worst := row.get("worst_subgroup")) and "report" not in evaluation:
+            known.append(f"{row['protocol']}: worst subgroup {_share(worst)}")
+    network = evaluation["network"]
+    if "report" in evaluation:
+        known += ["", *result_lines(evaluation["report"])]
+    return [f"{network['stage']} run {network['run']}, evaluated on the validation images", "", *aligned(rows), *known]
+
+
 def result_lines(result: dict[str, Any]) -> list[str]:
     """The result of one stage: its metrics, the published top-1 beside ours, what was tried, the weakest classes."""
     lines = [f"{key}: {value:.4f}" for key, value in result["metrics"].items()]
@@ -76,6 +105,11 @@ def result_lines(result: dict[str, Any]) -> list[str]:
         rows = sweep["tried"]
     if rows:
         lines += aligned([tuple(rows[0]), *(tuple(_short(key, value) for key, value in row.items()) for row in rows)])
+    if groups := result.get("subgroups"):
+        lines.append(f"top-1 by {groups['column']}:")
+        lines += aligned([("  " + row["name"], *_accuracy(row)) for row in groups["groups"]])
+        if groups["worst"]:
+            lines.append(f"worst subgroup: {_share(groups['worst'])}")
     seen = [entry for entry in result.get("per_class", []) if entry["images"]]
     weakest = sorted(seen, key=lambda entry: float(entry["correct"] / entry["images"]))[:_WEAKEST]
     if len(seen) > _WEAKEST:
@@ -85,6 +119,11 @@ def result_lines(result: dict[str, Any]) -> list[str]:
 
 def _short(key: str, value: float) -> str:
     return f"{value:.4f}" if "top" in key else f"{value:g}"
+
+
+def _accuracy(row: dict[str, Any]) -> tuple[str, str]:
+    shown = "-" if row["top1"] is None else f"{row['top1']:.4f}"
+    return shown, f"{row['correct']} of {row['images']}"
 
 
 def _share(entry: dict[str, Any]) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from fastsimclr import checkpoint
@@ -56,6 +60,15 @@ class Setting:
         self._damaged: dict[tuple[str, str], tuple[Source, list[dict[int, str]]]] = {}
         self._agree()
 
+    def with_recipe(self, recipe: Recipe) -> Setting:
+        """The setting of another recipe; where it opens the same images, they stay opened and decoded."""
+        other = Setting(recipe)
+        if other.runtime.device == self.runtime.device and _opened(other.recipe) == _opened(self.recipe):
+            other._held = self._held
+            if "splits" in self.__dict__:
+                other.__dict__["splits"] = self.splits
+        return other
+
     def _agree(self) -> None:
         """ValueError where a rank was given another recipe or chose another precision than rank 0."""
         texts = self.ranks.gather(dump_recipe(self.recipe))
@@ -79,13 +92,23 @@ class Setting:
             splits,
             unlabelled=self.first(splits.unlabelled, _SMOKE_IMAGES),
             val=self.first(splits.val, _SMOKE_IMAGES),
+            subgroups=tuple(splits.subgroups[i] for i in _spread(len(splits.subgroups), _SMOKE_IMAGES)),
         )
+
+    @cached_property
+    def subgroups(self) -> tuple[tuple[str, ...], Tensor] | None:
+        """(names, sorted; which of them each validation image is of, int64 [n]), or None without data.subgroup."""
+        of_each = self.splits.subgroups
+        self.ranks.same("the subgroups of the validation images", hashlib.sha256(repr(of_each).encode()).hexdigest())
+        if not of_each:
+            return None
+        names = tuple(sorted(set(of_each)))
+        index = {name: i for i, name in enumerate(names)}
+        return names, torch.tensor([index[name] for name in of_each])
 
     def first(self, source: Source, images: int) -> Source:
         """`source`, or `images` of it spread evenly, where it has more."""
-        if len(source) <= images:
-            return source
-        return Subset(source, np.linspace(0, len(source) - 1, images).astype(np.int64))
+        return source if len(source) <= images else Subset(source, _spread(len(source), images))
 
     def labelled(self, labels: Labels) -> Source:
         """The labelled training images: the few of the data settings, or all. DataError where nothing is labelled."""
@@ -110,7 +133,7 @@ class Setting:
         """Crop and flip of the pretraining views (and their rotation, where there is one), with crops of `scale`."""
         views = self.recipe.views
         mild = replace(views, scale=scale or views.scale, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0)
-        return replace(mild, rotate90=0.0, sobel=0.0, noise=0.0, cutout=0.0)
+        return replace(mild, rotate90=0.0, sobel=0.0, noise=0.0, cutout=0.0, one_branch=False)
 
     @property
     def evaluation_policy(self) -> Policy:
@@ -221,6 +244,17 @@ class Setting:
         source = loader.source
         self._damaged.setdefault(_key(source), (source, []))[1].append(loader.bad)
         return loader
+
+
+def _opened(recipe: Recipe) -> tuple[DataConfig, bool]:
+    """What decides which images a recipe opens: all data settings but the choice of the few labels."""
+    few = replace(recipe.data, label_fraction=None, labels_per_class=None, label_list=None, label_seed=0)
+    return few, recipe.smoke
+
+
+def _spread(n: int, most: int) -> npt.NDArray[np.int64]:
+    """All positions 0..n - 1 where there are at most `most`, else as many spread evenly."""
+    return np.linspace(0, n - 1, most).astype(np.int64) if n > most else np.arange(n)
 
 
 def order_name(data: DataConfig) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,13 +10,15 @@ from typing import Any, Protocol
 from torch import nn
 
 from fastsimclr import checkpoint
-from fastsimclr.evaluate import Score, extract, score
+from fastsimclr.evaluate import extract
 from fastsimclr.kernels.backend import chosen
 from fastsimclr.loaders import DataError, Policy, Source
 from fastsimclr.models import ClassifierNet, count_parameters
 from fastsimclr.objectives import Objective
 from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
 from fastsimclr.recipe import dump_recipe
+from fastsimclr.scores import Report, score
+from fastsimclr.stages.measured import as_json, measure, put_confusion
 from fastsimclr.stages.setting import Setting, order_name
 from fastsimclr.trainer import Hook, Job, Trainer
 
@@ -57,13 +58,13 @@ def train(
     policy: Policy,
     facts: dict[str, Any],
     resume: bool,
-    hooks: Sequence[Hook] = (),
+    hooks: Callable[[int], Sequence[Hook]] = lambda batch: (),
     sizes: Sequence[tuple[float, int]] = (),
 ) -> Trained:
     """Train `objective` on `source` to the end of the schedule.
 
     A batch of null is that of the run to be resumed, else 256, or all images where fewer, less what the ranks cannot
-    share evenly.
+    share evenly. hooks(batch): what is called between the steps.
     """
     n, optim, world = len(source), config.optim, setting.ranks.world
     setting.ranks.same(f"the images of {source.name} for {stage}", (n, source.fingerprint))
@@ -105,7 +106,7 @@ def train(
         recipe=dump_recipe(setting.recipe),
         facts={**facts, "seed": setting.recipe.seed, "optimizer": optim.name, **order},
         resume=resume,
-        hooks=hooks,
+        hooks=hooks(batch),
         sizes=sizes,
     )
     trainer = Trainer(setting.recipe.trainer, setting.runtime, job)
@@ -141,10 +142,38 @@ def bn_name(groups: int, world: int, fused: bool) -> str:
     return f"{own}, {groups} {'part' if groups == 1 else 'parts'} of the batch"
 
 
-def classifier_score(setting: Setting, network: ClassifierNet) -> Score:
-    """How often `network` is right on the validation images of all ranks."""
+def classifier_score(setting: Setting, network: nn.Module) -> Report:
+    """How often `network` is right on the validation images of all ranks, and where not."""
     logits = extract(network.eval(), setting.passes(setting.splits.val), setting.evaluation_policy, setting.runtime)
-    return score(logits.values, logits.labels, setting.ranks)
+    return measure(setting, score(logits.values, logits.labels, setting.ranks), logits, logits.values)
+
+
+class Validation:
+    """Top-1 of the validation images, as val_top1."""
+
+    kind = "probe"
+
+    def __init__(self, setting: Setting, network: ClassifierNet, every_steps: int) -> None:
+        self._setting, self._network, self._every = setting, network, every_steps
+
+    def due(self, step: int) -> bool:
+        return step % self._every == 0
+
+    def __call__(self, step: int) -> dict[str, float]:
+        return {"val_top1": classifier_score(self._setting, self._network).top1}
+
+
+def validations(
+    setting: Setting, network: ClassifierNet, source: Source, every_epochs: int | None
+) -> Callable[[int], Sequence[Hook]]:
+    """The hooks that validate `network`, trained on `source`, every so many epochs; none for null."""
+
+    def hooks(batch: int) -> Sequence[Hook]:
+        if every_epochs is None:
+            return ()
+        return (Validation(setting, network, max(1, every_epochs * len(source) // batch)),)
+
+    return hooks
 
 
 def write_result(
@@ -197,6 +226,7 @@ def _write(setting: Setting, run: Path, stage: str, result: dict[str, Any], netw
         "data": setting.data_facts(),
         "environment": setting.environment,
     }
+    put_confusion(result, run if setting.ranks.first else None)
     if setting.ranks.first:
-        checkpoint.write_text(run / "result.json", json.dumps(result, indent=2) + "\n")
+        checkpoint.write_text(run / "result.json", as_json(result))
     return result

@@ -38,6 +38,7 @@ def nt_xent(
     temperature: float | Tensor,
     *,
     weights: Tensor | None = None,
+    keys: Tensor | None = None,
     bank: Tensor | None = None,
     scaling: Scaling = "paper",
     block_rows: int | None = None,
@@ -52,6 +53,10 @@ def nt_xent(
     the host: on a CPU a value not above 0 is a ValueError, elsewhere it makes everything NaN.
     weights: float [2N], or [N] for both views of an image, 0 or more: the loss is the mean over the rows of
     w_i loss_i. They get no gradient and leave top1 and top5 alone. A negative one is treated as such a temperature.
+    keys: float [2N, D], not normalised, the momentum encoder's projections of the same views in x's layout, with no
+    gradient. They take the place of x in all columns: row i's positive is the key of the other view of its image, its
+    negatives are the keys of all other images' views, on all ranks, and the key of its own view is left out. He et al.
+    2020, Eq. 1; Chen et al. 2020b (SimCLRv2), Sec. 2.1.
     bank: float [K, D], K >= 1, more negatives for every row (a queue, a memory), normalised here like x, with no
     gradient; the same on all ranks.
     scaling: "paper" is the mean over the 2N rows; "google" is mean(CE_a) + mean(CE_b), twice as much.
@@ -62,11 +67,13 @@ def nt_xent(
     group: the ranks that share a global batch; x is then this rank's own [2N, D], of the same shape on all. Its rows
     meet the rows of all W ranks. Its gradient is W times that of the global mean, so that DDP's average of the ranks is
     exact, the temperature's likewise. loss, top1 and top5 are means over the own rows; their mean over the ranks is
-    that of the global batch. Two collectives in the forward, none in the backward, whose upstream gradient must be the
-    same on every rank.
+    that of the global batch. Two collectives in the forward (with keys one), none in the backward, whose upstream
+    gradient must be the same on every rank.
 
     Edge cases: a zero row stays zero and gets no gradient. NaN, infinity or a norm that overflows float32 in any row
-    make the loss and the gradient NaN. With a single pair and no bank there is no negative: loss and gradient are 0.
+    make the loss and the gradient NaN. With keys a row of x is nobody's column: a bad one makes the loss of its rank
+    NaN, and of the gradient its own row only. With a single pair and no bank there is no negative: loss and gradient
+    are 0.
     Memory: O(2NW (D + block_rows)) in the reference, O(2NW D) fused; never the matrix of similarities.
 
     Raises ValueError for a wrong shape, dtype, device, temperature, scaling, block size or backend, and for ranks of
@@ -82,6 +89,8 @@ def nt_xent(
         raise ValueError(f"temperature={temperature} is not above 0 and finite; SimCLR uses .05 to 1")
     if weights is not None:
         _check("weights", weights, x, ([x.shape[0]], [x.shape[0] // 2]))
+    if keys is not None:
+        _check("keys", keys, x, (list(x.shape),))
     if bank is not None:
         _check("bank", bank, x, ([max(1, bank.shape[0]) if bank.dim() else 1, x.shape[1]],))
     if scaling not in get_args(Scaling):
@@ -100,6 +109,7 @@ def nt_xent(
         _implementation(x, backend),
         "" if group is None or world == 1 else group.group_name,
         world,
+        None if keys is None else keys.detach(),
     )
     return NtXent(loss, top1, top5)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastsimclr.kernels.ahead import Variant
 from fastsimclr.kernels.gather import gather, gather_in_place
-from fastsimclr.kernels.nt_xent import programs
+from fastsimclr.kernels.nt_xent import packing, programs
 from fastsimclr.kernels.nt_xent.layout import CHUNK, DEEP, packed, padded_rows
 from fastsimclr.kernels.nt_xent.rectangular import maximum_is_fixed
 from fastsimclr.kernels.nt_xent.state import State
@@ -70,23 +70,29 @@ def forward(
     factor: float,
     block_rows: int,
     group: dist.ProcessGroup | None,
+    keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, State]:
     """Loss, top1, top5 and what the backward needs; as the reference's `forward`, whose block_rows it ignores."""
     m, dim = x.shape
     bank_rows = 0 if bank is None else len(bank)
     world, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     first, every = m * rank, m * world
-    rows, width = packed(every, bank_rows, dim)
+    rows, width = packed(every, bank_rows, dim, 0 if keys is None else m)
+    own = first if keys is None else rows - m
     online, k, heat = _temperature(temperature, x.device)
     single: dict[str, Any] = {"device": x.device, "dtype": torch.float32}
     inverse_M, positive_M = torch.empty(2, m, **single).unbind()
     z_RP = torch.empty(rows, width, device=x.device, dtype=torch.float16)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        _pack(x.contiguous(), z_RP, inverse_M, positive_M, first, True)
+        if keys is None:
+            _pack(x.contiguous(), z_RP, inverse_M, positive_M, first, True)
+        else:
+            _pack_with_keys(x.contiguous(), keys.contiguous(), z_RP, inverse_M, positive_M, own, first)
         z_RP[every : padded_rows(every)].zero_()
         if bank is not None:
-            _pack(bank.contiguous(), z_RP, inverse_M, positive_M, padded_rows(every), False)
-            z_RP[padded_rows(every) + bank_rows :].zero_()
+            start = padded_rows(every)
+            _pack(bank.contiguous(), z_RP, inverse_M, positive_M, start, False)
+            z_RP[start + bank_rows : start + padded_rows(bank_rows)].zero_()
         if group is not None:
             gather_in_place(z_RP[:every], group)
         tile = _tile(FORWARD_WIDE if online or width > DEEP else FORWARD, x.device)
@@ -95,7 +101,7 @@ def forward(
         total, count = partial_KSM[0], partial_KSM[1]
         peak, slope = (partial_KSM[2], partial_KSM[3]) if online else (total, total)
         programs.forward[(_blocks(m, tile.rows), part.all_splits)](
-            z_RP, positive_M, heat, total, count, peak, slope, k, m, m // 2, *part[:-1],
+            z_RP, positive_M, heat, total, count, peak, slope, k, m, m // 2, own, *part[:-1],
             **_shape(width, tile, online), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         blocks = _blocks(m, FINISH_ROWS)
@@ -103,20 +109,22 @@ def forward(
         fill = math.inf if online else 0.0
         # Over ranks the largest w_i q_i travels at the end of the columns, in the same exchange.
         column_R = torch.full((rows,), fill, **single)
-        own = column_R if group is None else torch.empty(m + 1, **single)
+        # Keys are no rows, so that no rank needs another's rows.
+        alone = group is None or keys is not None
+        column_M = column_R[own : own + m] if alone else torch.empty(m + 1, **single)
         pull_M = torch.empty(m, **single)
         programs.finish_forward[(blocks,)](
             total, count, peak, slope, positive_M, positive_M if weights_M is None else weights_M.contiguous(), heat,
-            own, pull_M, sums, k, m, part.all_splits, ONLINE=online, WEIGHTED=weights_M is not None, B=FINISH_ROWS,
+            column_M, pull_M, sums, k, m, part.all_splits, ONLINE=online, WEIGHTED=weights_M is not None, B=FINISH_ROWS,
             num_warps=SMALL_WARPS,
         )  # fmt: skip
         loss, top1, top5, dt, largest = (torch.empty((), **single) for _ in range(5))
         programs.totals[(1,)](
-            sums, loss, top1, top5, dt, largest if group is None else own[m], blocks, m, factor, B=TOTAL_BLOCKS,
+            sums, loss, top1, top5, dt, largest if alone else column_M[m], blocks, m, factor, B=TOTAL_BLOCKS,
             num_warps=SMALL_WARPS,
         )  # fmt: skip
-        if group is not None:
-            all_WM = gather(own, group)
+        if group is not None and keys is None:
+            all_WM = gather(column_M, group)
             column_R[:every].view(world, m).copy_(all_WM[:, :m])
             largest = all_WM[:, m].amax()
     return loss, top1, top5, State(z_RP, inverse_M, column_R, pull_M, largest, dt)
@@ -132,9 +140,11 @@ def backward(
     world: int,
     dim: int,
     bank_rows: int,
+    keyed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """dx [2N, D] of `dtype` and dL/dt, a scalar, which is 0 unless the temperature is a tensor."""
     z_RP, m, width = state.z, len(state.inverse), state.z.shape[1]
+    own = len(z_RP) - m if keyed else first
     online, k, heat = _temperature(temperature, z_RP.device)
     with torch.cuda.device_of(z_RP):  # type: ignore[no-untyped-call]
         tile = _tile(BACKWARD, z_RP.device)
@@ -142,7 +152,7 @@ def backward(
         shape = _shape(width, tile, online)
         partial_SMP = torch.empty(part.all_splits, m, width, device=z_RP.device, dtype=torch.float32)
         programs.backward[(_blocks(m, tile.rows), part.all_splits, width // shape["Q"])](
-            z_RP, state.column, heat, state.largest, partial_SMP, k, m, m // 2, *part[:-1],
+            z_RP, state.column, heat, state.largest, partial_SMP, k, m, m // 2, own, *part[:-1],
             **shape, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         dx = torch.empty(m, dim, device=z_RP.device, dtype=dtype)
@@ -150,7 +160,8 @@ def backward(
         rows = max(1, PACK_ELEMENTS // power)
         programs.finish_backward[(_blocks(m, rows),)](
             partial_SMP, z_RP, state.inverse, state.pull, heat, state.largest, upstream, dx, k, factor, m, m // 2,
-            first, dim, part.all_splits, ONLINE=online, P=width, B=rows, E=power, num_warps=SMALL_WARPS,
+            own, first, dim, part.all_splits, ONLINE=online, KEYED=keyed, P=width, B=rows, E=power,
+            num_warps=SMALL_WARPS,
         )  # fmt: skip
         return dx, state.slope * upstream
 
@@ -168,8 +179,20 @@ def _pack(x: Tensor, z_RP: Tensor, inverse_M: Tensor, positive_M: Tensor, first:
     rows, dim = (len(x) // 2 if paired else len(x)), x.shape[1]
     power = _power(z_RP.shape[1])
     block = max(1, PACK_ELEMENTS // power)
-    programs.pack[(_blocks(rows, block),)](
+    packing.pack[(_blocks(rows, block),)](
         x, z_RP, inverse_M, positive_M, rows, first, dim, PAIRED=paired, P=z_RP.shape[1], B=block, E=power,
+        num_warps=SMALL_WARPS,
+    )  # fmt: skip
+
+
+def _pack_with_keys(
+    x: Tensor, keys: Tensor, z_RP: Tensor, inverse_M: Tensor, positive_M: Tensor, own: int, first: int
+) -> None:
+    rows, dim = len(x) // 2, x.shape[1]
+    power = _power(z_RP.shape[1])
+    block = max(1, PACK_ELEMENTS // power)
+    packing.pack_with_keys[(_blocks(rows, block),)](
+        x, keys, z_RP, inverse_M, positive_M, rows, own, first, dim, P=z_RP.shape[1], B=block, E=power,
         num_warps=SMALL_WARPS,
     )  # fmt: skip
 
@@ -233,12 +256,16 @@ def variants() -> list[Variant]:
                 )  # fmt: skip
     for x, width in (("fp32", DEEP), ("fp32", 2048), ("fp16", DEEP), ("bf16", DEEP)):
         block = {"P": width, "B": PACK_ELEMENTS // width, "E": width}
-        found.append(_variant(f"pack {x} P {width}", programs.pack, small, {"PAIRED": True, **block}, x=x))
-        constants = {"ONLINE": False, **block}
+        found.append(_variant(f"pack {x} P {width}", packing.pack, small, {"PAIRED": True, **block}, x=x))
+        constants = {"ONLINE": False, "KEYED": False, **block}
         found.append(_variant(f"finish_backward {x} P {width}", programs.finish_backward, small, constants, x=x))
     block = {"P": DEEP, "B": PACK_ELEMENTS // DEEP, "E": DEEP}
-    found.append(_variant(f"pack bank fp32 P {DEEP}", programs.pack, small, {"PAIRED": False, **block}))
-    constants = {"ONLINE": True, **block}
+    found.append(_variant(f"pack bank fp32 P {DEEP}", packing.pack, small, {"PAIRED": False, **block}))
+    found.append(_variant(f"pack with keys fp32 P {DEEP}", packing.pack_with_keys, small, block))
+    constants = {"ONLINE": False, "KEYED": True, **block}
+    name = f"finish_backward keys fp32 P {DEEP}"
+    found.append(_variant(name, programs.finish_backward, small, constants, architectures=(90,)))
+    constants = {"ONLINE": True, "KEYED": False, **block}
     found.append(_variant(f"finish_backward online fp32 P {DEEP}", programs.finish_backward, small, constants))
     for online, weighted in itertools.product((False, True), repeat=2):
         constants = {"ONLINE": online, "WEIGHTED": weighted, "B": FINISH_ROWS}
@@ -251,7 +278,7 @@ def variants() -> list[Variant]:
 def _variant(name: str, kernel: Any, tile: Tile, constants: dict[str, Any], x: str = "fp32", **more: Any) -> Variant:
     """The types that the launches above give: numbers by name, vectors fp16, projections x, all other pointers fp32."""
     types = dict.fromkeys((*programs.SIZES, "parts", "rows", "blocks", "dim"), "i32")
-    types |= {"k": "fp32", "factor": "fp32", "z": "*fp16", "x": f"*{x}", "dx": f"*{x}"}
+    types |= {"k": "fp32", "factor": "fp32", "z": "*fp16", "x": f"*{x}", "dx": f"*{x}", "keys": f"*{x}"}
     signature = {arg: types.get(arg, "*fp32") for arg in kernel.arg_names if arg not in constants}
     aligned = [arg for arg, kind in signature.items() if kind.startswith("*") or arg == "dim"]
     return Variant(

@@ -1,4 +1,7 @@
-"""The sizes of the fused NT-Xent's packed buffer [R, P]: all ranks' rows, zeros to the next tile, the bank, zeros."""
+"""The sizes of the fused NT-Xent's packed buffer [R, P]: all ranks' rows, zeros to the next tile, the bank, zeros.
+
+With a momentum encoder's keys those stand in the place of the rows, and this rank's own rows follow at the end.
+"""
 
 # R rows    P dimensions with the padding    A rows of all ranks    K rows of the bank    D dimensions
 
@@ -29,6 +32,6 @@ def padded_dim(dim: int) -> int:
     return (dim + CHUNK - 1) // CHUNK * CHUNK
 
 
-def packed(rows: int, bank_rows: int, dim: int) -> tuple[int, int]:
-    """(R, P) for A = `rows`, K = `bank_rows` and D = `dim`."""
-    return padded_rows(rows) + padded_rows(bank_rows), padded_dim(dim)
+def packed(rows: int, bank_rows: int, dim: int, own: int = 0) -> tuple[int, int]:
+    """(R, P) for A = `rows`, K = `bank_rows`, D = `dim` and `own` rows at the end."""
+    return padded_rows(rows) + padded_rows(bank_rows) + own, padded_dim(dim)

@@ -41,10 +41,12 @@ def nt_xent_op(
     implementation: str,
     group: str,
     world: int,
+    keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, top1, top5 and the six tensors of State. temperature counts where temperature_tensor is None.
 
-    factor: on the loss. block_rows: 0 chooses. group: its name, "" for one process. world: its number of ranks.
+    factor: on the loss. block_rows: 0 chooses. group: its name, "" for one process. world: its number of ranks. keys:
+    [2N, D] or None.
     Raises ValueError where a tensor's values, looked at on a CPU only, or the ranks' shapes are wrong.
     """
     ranks = _group(group)
@@ -64,7 +66,7 @@ def nt_xent_op(
     t = temperature if temperature_tensor is None else temperature_tensor
     run = _implementation(implementation).forward
     with full_precision(x.device):
-        loss, top1, top5, state = run(x, t, weights, bank, factor, block_rows, ranks)
+        loss, top1, top5, state = run(x, t, weights, bank, factor, block_rows, ranks, keys)
     return loss, top1, top5, *state
 
 
@@ -80,16 +82,18 @@ def _(
     implementation: str,
     group: str,
     world: int,
+    keys: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     rows, images = x.shape[0] * world, x.shape[0]
+    own = 0 if keys is None else images
     bank_rows = 0 if bank is None else bank.shape[0]
     single = torch.float64 if x.dtype == torch.float64 else torch.float32
     if implementation == "reference":
-        z, columns = x.new_empty(rows + bank_rows, x.shape[1], dtype=single), rows
+        z, columns = x.new_empty(rows + bank_rows + own, x.shape[1], dtype=single), own or rows
     else:
         from fastsimclr.kernels.nt_xent.layout import packed
 
-        columns, width = packed(rows, bank_rows, x.shape[1])
+        columns, width = packed(rows, bank_rows, x.shape[1], own)
         z = x.new_empty(columns, width, dtype=torch.float16)
 
     def new(*shape: Any, dtype: torch.dtype = single) -> Tensor:
@@ -118,8 +122,12 @@ def nt_xent_backward_op(
     group: str,
     world: int,
     dtype: torch.dtype,
+    keyed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """dx [2N, D] of `dtype`, and dL/dt, 0 where the temperature is a number; arguments as nt_xent_op's and State's."""
+    """dx [2N, D] of `dtype`, and dL/dt, 0 where the temperature is a number; arguments as nt_xent_op's and State's.
+
+    keyed: whether the forward had keys.
+    """
     ranks = _group(group)
     first = 0 if ranks is None else dist.get_rank(ranks) * len(inverse)
     t = temperature if temperature_tensor is None else temperature_tensor
@@ -127,9 +135,9 @@ def nt_xent_backward_op(
     run = _implementation(implementation).backward
     if implementation == "reference":
         with full_precision(z.device):
-            dx, dt = run(upstream, state, t, factor, block_rows, first, dtype)
+            dx, dt = run(upstream, state, t, factor, block_rows, first, dtype, keyed)
     else:
-        dx, dt = run(upstream, state, t, factor, first, dtype, world, dim, bank_rows)
+        dx, dt = run(upstream, state, t, factor, first, dtype, world, dim, bank_rows, keyed)
     return dx, dt
 
 
@@ -152,27 +160,28 @@ def _(
     group: str,
     world: int,
     dtype: torch.dtype,
+    keyed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return inverse.new_empty(inverse.shape[0], dim, dtype=dtype), inverse.new_empty(())
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, temperature, temperature_tensor, _, bank, factor, block_rows, implementation, group, world = inputs
+    x, temperature, temperature_tensor, _, bank, factor, block_rows, implementation, group, world, keys = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[3:], temperature_tensor)
     ctx.sizes = x.shape[1], 0 if bank is None else bank.shape[0]
     ctx.options = temperature, factor, block_rows, implementation, group, world
-    ctx.dtype = x.dtype
+    ctx.dtype, ctx.keyed = x.dtype, keys is not None
 
 
 def _gradient(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * 10
+        return (None,) * 11
     *state, heat = ctx.saved_tensors
     temperature, *rest = ctx.options
-    dx, dt = nt_xent_backward_op(upstream, *state, temperature, heat, *ctx.sizes, *rest, ctx.dtype)
-    return (dx, None, None if heat is None else dt.to(heat.dtype), *(None,) * 7)
+    dx, dt = nt_xent_backward_op(upstream, *state, temperature, heat, *ctx.sizes, *rest, ctx.dtype, ctx.keyed)
+    return (dx, None, None if heat is None else dt.to(heat.dtype), *(None,) * 8)
 
 
 nt_xent_op.register_autograd(_gradient, setup_context=_remember)

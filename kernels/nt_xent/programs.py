@@ -5,9 +5,11 @@
     dL/dz_i = factor / (M t) (sum_j e_ij (w_i A_i + w_j A_j) z_j - (w_i q_i + w_p q_p) z_p)
 r_i is k, the largest k c, while exp2(-2k) is a normal float32 (FIXED); else the running maximum, and the columns keep
 the logarithm l_i = log2(N_i + p_i) + r_i - log2(w_i) in place of w_i A_i (ONLINE). A column of the bank has no w_j A_j.
+With a momentum encoder's keys z_j is a key, row p has no part in z_p's gradient, and no column has a w_j A_j.
 """
 
-# M rows of this rank    R rows of the packed buffer: all ranks' rows, zeros to the next tile, the bank, zeros
+# M rows of this rank    R rows of the packed buffer: all ranks' rows or keys, zeros to the next tile, the bank, zeros;
+# with keys then this rank's rows. first: where this rank's columns are; own: where its rows are
 # B rows of a block      C columns of a tile      D dimensions, P of them with the padding
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -26,43 +28,8 @@ HEADROOM: tl.constexpr = tl.constexpr(14.0)
 MOST_SCALE: tl.constexpr = tl.constexpr(60.0)
 """log2 of the largest factor: e_ij times it stays within float32."""
 
-SIZES = ("m", "half", "first", "columns", "bank_start", "bank_stop", "splits", "tiles", "bank_tiles")
+SIZES = ("m", "half", "own", "first", "columns", "bank_start", "bank_stop", "splits", "tiles", "bank_tiles")
 """Numbers that vary from call to call: no program is compiled anew for their multiples of 16 or for 1."""
-
-
-@triton.jit(do_not_specialize=("rows", "first"))
-def pack(
-    x, z, inverse, positive, rows, first, dim, PAIRED: tl.constexpr, P: tl.constexpr, B: tl.constexpr, E: tl.constexpr
-):
-    """z = fp16(x / |x|), 1/|x|, and c_ip of the rounded rows i and i + rows; without PAIRED z alone. E: P's power of 2.
-
-    A zero row stays zero with inverse 0; a norm that is not finite makes the row NaN.
-    """
-    i = tl.program_id(0) * B + tl.arange(0, B)
-    d = tl.arange(0, E)
-    there_BE = (i < rows)[:, None] & (d < dim)[None, :]
-    write_BE = (i < rows)[:, None] & (d < P)[None, :]
-    source = i.to(tl.int64)[:, None] * dim + d[None, :]
-    target = (first + i.to(tl.int64))[:, None] * P + d[None, :]
-    a_BE, inverse_B = _normalised(x + source, there_BE)
-    tl.store(z + target, a_BE, mask=write_BE)
-    if PAIRED:
-        b_BE, inverse_pair_B = _normalised(x + source + rows.to(tl.int64) * dim, there_BE)
-        tl.store(z + target + rows.to(tl.int64) * P, b_BE, mask=write_BE)
-        c_B = tl.sum(a_BE.to(tl.float32) * b_BE.to(tl.float32), 1)
-        tl.store(positive + i, c_B, mask=i < rows)
-        tl.store(positive + rows + i, c_B, mask=i < rows)
-        tl.store(inverse + i, inverse_B, mask=i < rows)
-        tl.store(inverse + rows + i, inverse_pair_B, mask=i < rows)
-
-
-@triton.jit
-def _normalised(pointers, there):
-    x = tl.load(pointers, mask=there, other=0.0).to(tl.float32)
-    norm = tl.sqrt(tl.sum(x * x, 1))
-    inverse = tl.where(norm == 0, 0.0, 1 / tl.where(norm == 0, 1.0, norm))
-    inverse = tl.where(norm == float("inf"), float("nan"), inverse)
-    return (x * inverse[:, None]).to(tl.float16), inverse
 
 
 @triton.jit
@@ -115,7 +82,7 @@ def _cosines(
 @triton.jit(do_not_specialize=SIZES)
 def forward(
     z, positive, temperature, total, count, peak, slope,
-    k, m, half, first, columns, bank_start, bank_stop, splits, tiles, bank_tiles,
+    k, m, half, own, first, columns, bank_start, bank_stop, splits, tiles, bank_tiles,
     ONLINE: tl.constexpr, P: tl.constexpr, B: tl.constexpr, C: tl.constexpr, DEEP: tl.constexpr, Q: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +100,7 @@ def forward(
     row = first + tl.program_id(0) * B
     start, stop, limit = _columns(columns, bank_start, bank_stop, splits, tiles, bank_tiles, C)
     d = tl.arange(0, Q)
-    z_I = z + itself_B.to(tl.int64)[:, None] * P + d[None, :]
+    z_I = z + (own + i).to(tl.int64)[:, None] * P + d[None, :]
     z_J = z + start.to(tl.int64) * P + tl.arange(0, C)[:, None] * P + d[None, :]
     left_BD = tl.load(z_I)
     total_B = tl.zeros((B,), tl.float32)
@@ -263,7 +230,7 @@ def _scale(largest):
 @triton.jit(do_not_specialize=SIZES)
 def backward(
     z, column, temperature, largest, partial,
-    k, m, half, first, columns, bank_start, bank_stop, splits, tiles, bank_tiles,
+    k, m, half, own, first, columns, bank_start, bank_stop, splits, tiles, bank_tiles,
     ONLINE: tl.constexpr, P: tl.constexpr, B: tl.constexpr, C: tl.constexpr, DEEP: tl.constexpr, Q: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -274,11 +241,11 @@ def backward(
     i = tl.minimum(i, m - 1)
     itself_B = first + i
     positive_B = first + tl.where(i < half, i + half, i - half)
-    column_B = tl.load(column + itself_B)
+    column_B = tl.load(column + own + i)
     row = first + tl.program_id(0) * B
     start, stop, limit = _columns(columns, bank_start, bank_stop, splits, tiles, bank_tiles, C)
     d = tl.arange(0, Q)
-    z_I = z + itself_B.to(tl.int64)[:, None] * P + d[None, :]
+    z_I = z + (own + i).to(tl.int64)[:, None] * P + d[None, :]
     z_J = z + start.to(tl.int64) * P + tl.arange(0, C)[:, None] * P + d[None, :]
     out = tl.program_id(2) * Q
     left_BD = tl.load(z_I)
@@ -301,12 +268,16 @@ def backward(
     tl.store(partial + at, dz_BD, mask=(i < m)[:, None])
 
 
-@triton.jit(do_not_specialize=("m", "half", "first", "parts"))
+@triton.jit(do_not_specialize=("m", "half", "own", "first", "parts"))
 def finish_backward(
     partial, z, inverse, pull, temperature, largest, upstream, dx,
-    k, factor, m, half, first, dim, parts, ONLINE: tl.constexpr, P: tl.constexpr, B: tl.constexpr, E: tl.constexpr,
+    k, factor, m, half, own, first, dim, parts,
+    ONLINE: tl.constexpr, KEYED: tl.constexpr, P: tl.constexpr, B: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """dx = (dz - z (z dz) / (z z)) upstream factor / (M t |x|), where dz sums the splits and the positive's pull."""
+    """dx = (dz - z (z dz) / (z z)) upstream factor / (M t |x|), where dz sums the splits and the positive's pull.
+
+    KEYED: the positive is no row, so that its own q_p does not pull.
+    """
     k = _factor(temperature, k, ONLINE)
     i = tl.program_id(0) * B + tl.arange(0, B)
     d = tl.arange(0, E)
@@ -316,9 +287,11 @@ def finish_backward(
     for part in range(parts):
         at = (tl.cast(part, tl.int64) * m + i)[:, None] * P + d[None, :]
         dz_BE += tl.load(partial + at, mask=there_BE, other=0.0)
-    z_i = tl.load(z + (first + i).to(tl.int64)[:, None] * P + d[None, :], mask=there_BE, other=0.0).to(tl.float32)
+    z_i = tl.load(z + (own + i).to(tl.int64)[:, None] * P + d[None, :], mask=there_BE, other=0.0).to(tl.float32)
     z_p = tl.load(z + (first + p).to(tl.int64)[:, None] * P + d[None, :], mask=there_BE, other=0.0).to(tl.float32)
-    pull_B = tl.load(pull + i, mask=i < m, other=0.0) + tl.load(pull + p, mask=i < m, other=0.0)
+    pull_B = tl.load(pull + i, mask=i < m, other=0.0)
+    if not KEYED:
+        pull_B += tl.load(pull + p, mask=i < m, other=0.0)
     dz_BE = dz_BE * tl.exp2(-_scale(largest)) - pull_B[:, None] * z_p
     length_B = tl.sum(z_i * z_i, 1)
     radial_B = tl.sum(z_i * dz_BE, 1) / tl.where(length_B == 0, 1.0, length_B)

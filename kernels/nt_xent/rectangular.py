@@ -4,7 +4,7 @@ s_ij = z_i z_j / t is kept less 1/t, its largest value.
 """
 
 # M rows of this rank, both views    N = M / 2 images    D dimensions    C columns: rows of all ranks, or of the bank
-# B rows of a block    first: this rank's first row among the columns; None where the columns are the bank
+# B rows of a block    first: this rank's first row, or key, among the columns; None where the columns are the bank
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def add_negatives_of_all(
 ) -> None:
     """Adds sum_j (exp(s_ij - lse_i) + exp(s_ij - lse_j)) z_j over the negatives j to each row of dz, in place.
 
-    Columns without lse_C, the bank's, are rows of no loss: their second term is absent.
+    Columns without lse_C, keys and the bank's, are rows of no loss: their second term is absent.
     """
     m = len(dz_MD)
     fixed = maximum_is_fixed(temperature)

@@ -9,12 +9,17 @@ its own rows, its column sums the later ones. With N_i the sum of exp(s_ij) over
 where no term cancels as the loss goes to 0. s is kept less 1/t, its largest value, which changes no result. A vector b
 of the bank is a negative of every row and a row of no loss: exp(s_ib - lse_i) b, which in dL/dt counts whole.
 
+With keys k, a momentum encoder's vectors of the same rows, all columns are of that kind: s_ij = z_i k_j / t, k_i is
+left out, k_p is the positive (He et al. 2020, Eq. 1; Chen et al. 2020b, Sec. 2.1), and
+    dL/dz_i  = (1 / (M t)) (sum_{j != i, p} exp(s_ij - lse_i) k_j + sum_b exp(s_ib - lse_i) b - q_i k_p)
+
 Over W ranks a rank works out its own M rows against all W·M columns, rectangular.py. It gathers z and the lse in the
 forward; by the formula above its rows' gradient then needs nothing more, so the backward exchanges nothing.
 """
 
 # M rows of this rank, both views    N = M / 2 images    D dimensions    A = W M rows of all ranks    K rows of the bank
-# R = A + K    B rows of a block    C columns from the block's first row on
+# R = A + K, and M more where there are keys: keys of all ranks, bank, own rows    B rows of a block
+# C columns from the block's first row on
 
 from __future__ import annotations
 
@@ -50,6 +55,7 @@ def forward(
     factor: float,
     block_rows: int,
     group: dist.ProcessGroup | None,
+    keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, State]:
     """Loss, top1, top5 and what the backward needs; arguments as the entry has checked them, a factor on the loss.
 
@@ -61,17 +67,22 @@ def forward(
     first, every = m * rank, m * world
     temperature = _checked(temperature, x_MD)
     rows = _rows(block_rows, x.device, max(every, bank_rows))
-    z_RD = x_MD.new_empty(every + bank_rows, x_MD.shape[1])
-    z_MD, z_AD, z_KD = z_RD[first : first + m], z_RD[:every], z_RD[every:]
+    columns = every + bank_rows
+    z_RD = x_MD.new_empty(columns if keys is None else columns + m, x_MD.shape[1])
+    z_AD, z_KD, own_MD = z_RD[:every], z_RD[every:columns], z_RD[first : first + m]
+    z_MD = own_MD if keys is None else z_RD[columns:]
     inverse_M = _normalise(x_MD, z_MD)
+    if keys is not None:
+        _normalise(keys.to(x_MD.dtype), own_MD)
     if bank is not None:
         _normalise(bank.to(x_MD.dtype), z_KD)
-    positive_M = ((z_MD[:n] * z_MD[n:]).sum(1) - 1).div_(temperature).repeat(2)
+    positive_M = ((z_MD * own_MD.roll(n, 0)).sum(1) - 1).div_(temperature)
     bound_M = positive_M - TIE / temperature
-    if group is None:
+    if group is not None:
+        gather_in_place(z_AD, group)
+    if group is None and keys is None:
         negatives_M, below_M = _row_statistics(z_MD, bound_M, temperature, rows)
     else:
-        gather_in_place(z_AD, group)
         negatives_M, below_M = row_statistics_of_all(z_MD, z_AD, bound_M, first, temperature, rows)
     if bank is not None:
         more_M, below_bank_M = row_statistics_of_all(z_MD, z_KD, bound_M, None, temperature, rows)
@@ -83,9 +94,10 @@ def forward(
         w_M = torch.where(weights_M >= 0, weights_M, math.nan).to(x_MD.dtype)
         loss_M, pull_M, lse_M = loss_M * w_M, pull_M * w_M, lse_M - w_M.log()
     # `below` counts the row itself and its positive too: both are masked with -inf.
-    rank_M = len(z_RD) - below_M
+    rank_M = columns - below_M
     top1, top5 = (rank_M < 1).float().mean(), (rank_M < 5).float().mean()
-    lse_A = lse_M if group is None else gather(lse_M, group).flatten()
+    # With keys no other rank's row has a gradient through this rank's columns, and the own lse are enough.
+    lse_A = lse_M if group is None or keys is not None else gather(lse_M, group).flatten()
     none = x_MD.new_zeros(())
     return loss_M.mean() * factor, top1, top5, State(z_RD, inverse_M, lse_A, pull_M, none, none.clone())
 
@@ -98,12 +110,28 @@ def backward(
     block_rows: int,
     first: int,
     dtype: torch.dtype,
+    keyed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """dx [2N, D] of `dtype` and dL/dt, a scalar, which is 0 unless the temperature is a tensor."""
-    z_RD, inverse_M, lse_A, pull_M = state.z, state.inverse, state.column, state.pull
-    m, n, every = len(inverse_M), len(inverse_M) // 2, len(lse_A)
+    temperature = _checked(temperature, state.z)
+    parts = _of_keys if keyed else _of_rows
+    z_MD, dz_MD, radial_M, slope = parts(state, temperature, block_rows, first)
+    m, inverse_M = len(z_MD), state.inverse
+    dz_MD -= z_MD * radial_M[:, None]
+    # Of W ranks this is W times the gradient of the mean over all rows, which DDP's average makes exact.
+    scale = upstream * (factor / m) / temperature
+    dz_MD *= inverse_M[:, None] * scale
+    slope = -scale / temperature * slope if isinstance(temperature, Tensor) else torch.zeros_like(slope)
+    return dz_MD.to(dtype), slope
+
+
+def _of_rows(
+    state: State, temperature: float | Tensor, block_rows: int, first: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z [M, D] of the own rows, M t dL/dz, z dz [M] and -M t^2 dL/dt, where rows and columns are the same vectors."""
+    z_RD, lse_A, pull_M = state.z, state.column, state.pull
+    m, n, every = len(pull_M), len(pull_M) // 2, len(lse_A)
     z_MD, z_AD, z_KD = z_RD[first : first + m], z_RD[:every], z_RD[every:]
-    temperature = _checked(temperature, z_RD)
     rows = _rows(block_rows, z_RD.device, max(every, len(z_KD)))
     pull_N1 = (pull_M[:n] + pull_M[n:])[:, None]
     dz_MD = torch.cat((z_MD[n:] * -pull_N1, z_MD[:n] * -pull_N1))
@@ -119,12 +147,20 @@ def backward(
         whole_M = (z_MD * dz_MD).sum(1)
         slope += (whole_M - radial_M).sum()
         radial_M = whole_M
-    dz_MD -= z_MD * radial_M[:, None]
-    # Of W ranks this is W times the gradient of the mean over all rows, which DDP's average makes exact.
-    scale = upstream * (factor / m) / temperature
-    dz_MD *= inverse_M[:, None] * scale
-    slope = -scale / temperature * slope if isinstance(temperature, Tensor) else torch.zeros_like(slope)
-    return dz_MD.to(dtype), slope
+    return z_MD, dz_MD, radial_M, slope
+
+
+def _of_keys(
+    state: State, temperature: float | Tensor, block_rows: int, first: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As _of_rows, where the columns, keys of all ranks and bank, are no rows."""
+    m, n = len(state.pull), len(state.pull) // 2
+    z_CD, z_MD = state.z[:-m], state.z[-m:]
+    rows = _rows(block_rows, z_CD.device, len(z_CD))
+    dz_MD = z_CD[first : first + m].roll(n, 0) * -state.pull[:, None]
+    add_negatives_of_all(dz_MD, z_MD, z_CD, state.column, None, first, temperature, rows)
+    radial_M = (z_MD * dz_MD).sum(1)
+    return z_MD, dz_MD, radial_M, radial_M.sum()
 
 
 def _checked(temperature: float | Tensor, like: Tensor) -> float | Tensor:

@@ -8,10 +8,13 @@ from torch import Tensor
 
 
 class State(NamedTuple):
-    """z: rows of all ranks, then the bank, normalised; fused: fp16 [R, P], padded with zeros in both directions.
+    """z: rows of all ranks, then the bank, normalised; fused: fp16 [R, P], padded with zeros in both directions. With
+    keys those of all ranks, the bank, and the own rows.
 
-    inverse [M]: 1 / |x| of the own rows. column: per column the reference's lse_j [A], or the fused w_j A_j or l_j [R].
-    pull [M]: w_i q_i. largest: the largest w_i q_i of all ranks, and slope: dL/dt; scalars, fused only.
+    inverse [M]: 1 / |x| of the own rows. column: per column the reference's lse_j [A], with keys of the own rows [M],
+    or the fused w_j A_j or l_j [R].
+    pull [M]: w_i q_i. largest: the largest w_i q_i of all ranks, with keys of this one, and slope: dL/dt; scalars,
+    fused only.
     """
 
     z: Tensor

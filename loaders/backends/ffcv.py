@@ -51,7 +51,7 @@ def ffcv_batches(job: Job) -> Generator[Batch]:
     """The batches of job.plan() with V random crops each; what FFCV raises is raised here."""
     assert job.crops is not None  # Loader sees to it
     crops, side = job.crops, job.crops.policy.size
-    if crops.policy.crop != "random":
+    if crops.policy.crop != "random" or crops.policy.one_branch:
         yield from native_batches(job)
         return
     path, rows = beton_rows(job.source)

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from fastsimclr.loaders.backends.sharded import Peers
 from fastsimclr.loaders.faults import Reader
+from fastsimclr.loaders.shards.cache import GIB
 from fastsimclr.loaders.source import DataError
 
 Ints = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
 
-GIB = 2**30
 CHUNK = 64  # images decoded by one task
 
 

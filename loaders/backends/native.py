@@ -24,7 +24,7 @@ from fastsimclr.loaders.data import DataConfig
 from fastsimclr.loaders.decode import Encoded
 from fastsimclr.loaders.draw import ViewParams
 from fastsimclr.loaders.faults import Reader
-from fastsimclr.loaders.source import Source
+from fastsimclr.loaders.source import Source, mapped, spans
 
 Ints = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
@@ -159,8 +159,7 @@ class _Decoding:
             self._buffer = opening.buffers.take(total, self._job.pin)
             self._flat, self._places = self._buffer.numpy(), self._offsets.numpy()
             self._starts = [*self._offsets.tolist(), total]
-        mapped: Callable[[Ints], tuple[Pixels, Ints] | None] | None = getattr(self._job.source, "mapped", None)
-        self._mapped = mapped(self._owners) if mapped is not None else None
+        self._mapped = mapped(self._job.source, self._owners)
         self._tasks = chunks(opening.pool, self._job, n, self._decode)
 
     def finish(self) -> Batch:
@@ -249,8 +248,7 @@ class _Decoding:
         return range(rows.start, rows.stop)
 
     def _files(self, rows: slice) -> turbo.Spans | list[bytes] | None:
-        spans: Callable[[Ints], turbo.Spans | None] | None = getattr(self._job.source, "spans", None)
-        if spans is not None and (found := spans(self._owners[rows])) is not None:
+        if (found := spans(self._job.source, self._owners[rows])) is not None:
             return found
         data = [head.data for head in self._heads[rows] if isinstance(head.data, bytes)]
         return data if len(data) == rows.stop - rows.start else None

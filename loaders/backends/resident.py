@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from fastsimclr.loaders.backends.decoded import cut_batches
-from fastsimclr.loaders.backends.held import GIB, DeviceRoom, HostRoom, Room, decode_into, free_bytes
+from fastsimclr.loaders.backends.held import DeviceRoom, HostRoom, Room, decode_into, free_bytes
 from fastsimclr.loaders.backends.sharded import Alone, Peers, Shards
 from fastsimclr.loaders.batch import Batch, Ragged
 from fastsimclr.loaders.cut import Crops
 from fastsimclr.loaders.data import DataConfig
 from fastsimclr.loaders.decode import image_size
 from fastsimclr.loaders.faults import Reader, too_many_damaged
+from fastsimclr.loaders.shards.cache import GIB
 from fastsimclr.loaders.source import DataError, Source
 
 Ints = npt.NDArray[np.int64]

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import mmap
 import os
 import zlib
@@ -20,7 +19,7 @@ from fastsimclr.loaders.beton.sidecar import Sidecar, read_sidecar, sidecar_path
 from fastsimclr.loaders.beton.tables import REMEDY, read_tables
 from fastsimclr.loaders.scratch import Scratch
 from fastsimclr.loaders.sets.lists import some
-from fastsimclr.loaders.source import DataError
+from fastsimclr.loaders.source import DataError, digest
 from fastsimclr.loaders.turbo import Spans
 
 Ints = npt.NDArray[np.int64]
@@ -141,7 +140,7 @@ class BetonSource:
         other.labels = np.array(labels, dtype=np.int64)
         other.labels.setflags(write=False)
         other.classes = tuple(classes)
-        other.fingerprint = _digest(self.fingerprint.encode(), "\0".join(classes).encode(), other.labels.tobytes())
+        other.fingerprint = digest(self.fingerprint.encode(), "\0".join(classes).encode(), other.labels.tobytes())
         return other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -178,7 +177,7 @@ class BetonSource:
         self.names: tuple[str, ...] | None
         if self.sidecar is None:
             self.classes, self.names = tuple(map(str, range(int(self.labels.max(initial=-1)) + 1))), None
-            self.fingerprint = _digest(self._tables())
+            self.fingerprint = digest(self._tables())
             return
         card, remedy = self.sidecar, "put the file and its own sidecar together, or pack again"
         if (card.images, card.file_bytes) != (len(self), len(self._map)):
@@ -199,11 +198,4 @@ class BetonSource:
 
     def fingerprint_with(self, card: Sidecar) -> str:
         """Digest of this file's tables and of the lists in `card`: what a sidecar's own fingerprint must be."""
-        return _digest(self._tables(), card.digest())
-
-
-def _digest(*parts: bytes) -> str:
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(len(part).to_bytes(8, "little") + part)
-    return whole.hexdigest()
+        return digest(self._tables(), card.digest())

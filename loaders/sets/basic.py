@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy.typing as npt
 
 from fastsimclr.loaders.order import subset_blocks
 from fastsimclr.loaders.philox import philox4x32
-from fastsimclr.loaders.source import DataError, Source
+from fastsimclr.loaders.source import DataError, Source, borrower, digest, mapped, spans
 from fastsimclr.loaders.turbo import Spans
 
 Ints = npt.NDArray[np.int64]
@@ -28,13 +27,6 @@ def _frozen(values: npt.ArrayLike) -> Ints:
     array = np.array(values, dtype=np.int64)
     array.setflags(write=False)
     return array
-
-
-def _digest(*parts: bytes) -> str:
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(len(part).to_bytes(8, "little") + part)
-    return whole.hexdigest()
 
 
 class FileSource:
@@ -65,7 +57,7 @@ class FileSource:
     @cached_property
     def fingerprint(self) -> str:
         texts = ("\0".join(self.names).encode(), "\0".join(self.classes).encode())
-        return _digest(*texts, self.sizes.tobytes(), self.labels.tobytes())
+        return digest(*texts, self.sizes.tobytes(), self.labels.tobytes())
 
     def read(self, index: int) -> bytes:
         """The file's bytes. Raises OSError."""
@@ -92,7 +84,7 @@ class ArraySource:
         # Some 64 images stand for all: hashing three gigabytes would hold up each start.
         some = self.pixels[:: max(1, len(self) // 64)].tobytes()
         shape = repr((self.name, self.pixels.shape)).encode()
-        return _digest(shape, "\0".join(self.classes).encode(), self.labels.tobytes(), some)
+        return digest(shape, "\0".join(self.classes).encode(), self.labels.tobytes(), some)
 
     def read(self, index: int) -> Pixels:
         return np.ascontiguousarray(self.pixels[index])
@@ -120,7 +112,7 @@ class SyntheticSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        return _digest(repr((self.name, len(self), self.size, len(self.classes))).encode())
+        return digest(repr((self.name, len(self), self.size, len(self.classes))).encode())
 
     def read(self, index: int) -> Pixels:
         start = 16 * index
@@ -173,7 +165,7 @@ class Subset:
 
     @cached_property
     def fingerprint(self) -> str:
-        return _digest(self.base.fingerprint.encode(), self.indices.tobytes())
+        return digest(self.base.fingerprint.encode(), self.indices.tobytes())
 
     def read(self, index: int) -> bytes | Pixels:
         return self.base.read(int(self.indices[index]))
@@ -184,18 +176,15 @@ class Subset:
 
     def spans(self, ids: npt.ArrayLike) -> Spans | None:
         """Where the JPEGs `ids` lie in an open file, where the base has such."""
-        spans: Callable[[Ints], Spans | None] | None = getattr(self.base, "spans", None)
-        return spans(self.indices[np.asarray(ids, dtype=np.int64)]) if spans else None
+        return spans(self.base, self.indices[np.asarray(ids, dtype=np.int64)])
 
     def mapped(self, ids: npt.ArrayLike) -> tuple[Pixels, Ints] | None:
         """The memory in which the base has the pixels `ids` decoded, and where, where it has all of them so."""
-        mapped: Callable[[Ints], tuple[Pixels, Ints] | None] | None = getattr(self.base, "mapped", None)
-        return mapped(self.indices[np.asarray(ids, dtype=np.int64)]) if mapped else None
+        return mapped(self.base, self.indices[np.asarray(ids, dtype=np.int64)])
 
     @cached_property
     def _borrow(self) -> Callable[[int], bytes | memoryview | Pixels]:
-        borrow: Callable[[int], bytes | memoryview | Pixels] = getattr(self.base, "borrow", self.base.read)
-        return borrow
+        return borrower(self.base)
 
     def describe(self, index: int) -> str:
         return self.base.describe(int(self.indices[index]))
@@ -220,7 +209,7 @@ class Relabelled:
 
     @cached_property
     def fingerprint(self) -> str:
-        return _digest(self.source.fingerprint.encode(), self.labels.tobytes())
+        return digest(self.source.fingerprint.encode(), self.labels.tobytes())
 
     def read(self, index: int) -> bytes | Pixels:
         return self.source.read(index)

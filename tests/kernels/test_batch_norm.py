@@ -20,6 +20,7 @@ from fastsimclr.kernels.batch_norm.op import batch_norm_backward_op, batch_norm_
 from fastsimclr.models import BatchNorm, average_running_statistics, batch_groups, set_fused, set_groups, statistics_of
 from fastsimclr.models.resnet import Basic, Bottleneck, shortcut
 from fastsimclr.ranks import Ranks
+from tests.captured import captured
 
 Pool = Callable[..., list[Any]]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -348,14 +349,7 @@ def test_it_runs_in_a_cuda_graph() -> None:
         )  # fmt: skip
         return y, *torch.autograd.grad(y, x, given["dy"])
 
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, found = captured(step)
     with torch.no_grad():
         x.copy_(torch.randn_like(x))
         before = [t.clone() for t in running]
@@ -363,5 +357,5 @@ def test_it_runs_in_a_cuda_graph() -> None:
     replayed = [t.clone() for t in running]
     for now, start in zip(running, before, strict=True):
         now.copy_(start)
-    assert all(torch.equal(one, other) for one, other in zip(captured, step(), strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(found, step(), strict=True))
     assert all(torch.equal(one, other) for one, other in zip(replayed, running, strict=True))

@@ -1,0 +1,404 @@
+"""Studies: which trainings they take, that nothing is done twice, what the tables say, failures and stops."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastsimclr import stages
+from fastsimclr.cli import CONFIGS, main
+from fastsimclr.loaders import Policy, draw
+from fastsimclr.recipe import dump_recipe, parse_recipe
+from fastsimclr.runlog import read_records
+from fastsimclr.stopping import Stopped
+from fastsimclr.studies import Cell, Job, Study
+from fastsimclr.studies import jobs as study_jobs
+from fastsimclr.studies.augment import AugmentStudy
+from fastsimclr.studies.batch import BatchStudy
+from fastsimclr.studies.curves import read_curves
+from fastsimclr.studies.head import HeadStudy
+from fastsimclr.studies.jobs import in_order, run_jobs
+from fastsimclr.studies.labels import LabelsStudy
+from fastsimclr.studies.size import SizeStudy
+from fastsimclr.studies.table import Row, as_csv, as_markdown, crossing, means
+from fastsimclr.studies.transfer import TransferStudy
+
+SMOKE = ("--smoke", "--device", "cpu", "--trainer.precision", "fp32")
+RECIPE = parse_recipe((CONFIGS / "digits.yaml").read_text())
+
+
+def row(fraction: float, method: str, seed: int, top1: float, run: str = "run", **changes: Any) -> Row:
+    plain: dict[str, Any] = {"top5": None, "labels": 10, "parameters": 5, "seconds": 2.0, "whole_seconds": 3.0}
+    point = {"label_fraction": fraction}
+    return Row(point=dict(point), method=method, seed=seed, run=run, top1=top1, **plain | changes)
+
+
+def test_tables_give_mean_deviation_and_every_cell() -> None:
+    rows = [row(0.1, "linear", 0, 0.5), row(0.1, "linear", 1, 0.7), row(1.0, "supervised", 0, 0.25, seconds=1234.5)]
+    found = means(rows)
+    assert found[(0.1,), "linear"].mean == pytest.approx(0.6)
+    assert found[(0.1,), "linear"].deviation == pytest.approx(0.2 / 2**0.5)
+    assert found[(0.1,), "linear"].n == 2 and found[(1.0,), "supervised"].deviation == 0
+    text = as_markdown(rows)
+    assert "| 0.1 | 0.600 ± 0.141 | - |" in text and "| 1 | - | 0.250 |" in text and "1,234" in text
+    lines = list(csv.DictReader(as_csv(rows, "labels").splitlines()))
+    assert len(lines) == 3 and lines[1]["top1"] == "0.7" and lines[2]["label_fraction"] == "1.0"
+    assert {line["study"] for line in lines} == {"labels"} and lines[0]["top5"] == ""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "where"),
+    [
+        ((0.5, 0.6, 0.7), (0.3, 0.5, 0.6), None),
+        ((0.5, 0.6, 0.7), (0.6, 0.7, 0.8), 0.01),
+        ((0.5, 0.6, 0.7), (0.3, 0.5, 0.8), 10**-0.5),
+        ((0.5, 0.6, 0.7), (0.6, 0.5, 0.8), 10**-0.5),  # for good, not for the first time
+        ((0.5, 0.6, 0.7), (0.4, 0.6, 0.8), 0.1),
+    ],
+)
+def test_where_the_second_curve_overtakes_for_good(
+    first: tuple[float, ...], second: tuple[float, ...], where: float | None
+) -> None:
+    found = crossing((0.01, 0.1, 1.0), first, second)
+    assert found == (None if where is None else pytest.approx(where))
+
+
+def names(cells: list[Cell]) -> list[str]:
+    return [job.name for job in in_order([cell.job for cell in cells])]
+
+
+def test_labels_takes_one_pretraining_and_the_last_layer_at_all_labels() -> None:
+    study = LabelsStudy(fractions=(0.01, 0.1), seeds=2, finetune_epochs=(7, 5), supervised_epochs=(9, 8), validations=3)
+    cells = study.cells(RECIPE)
+    assert len(cells) == 2 * (2 * 4 + 1)  # and supervised on all labels, of each seed
+    assert sum(name.endswith("pretrain") for name in names(cells)) == 1 and len(names(cells)) == 1 + len(cells)
+    tuned = [cell for cell in cells if cell.method == "fine-tuned"]
+    assert [cell.job.recipe.finetune.epochs for cell in tuned] == [7, 5, 7, 5]
+    assert [cell.job.recipe.data.label_fraction for cell in tuned] == [0.01, 0.1, 0.01, 0.1]
+    assert {cell.job.recipe.data.label_seed for cell in tuned} == {0, 1}
+    assert {cell.job.recipe.finetune.head_layer for cell in tuned} == {RECIPE.finetune.head_layer}
+    every = [cell for cell in cells if cell.point["label_fraction"] == 1.0]
+    assert [cell.method for cell in every] == ["supervised", "supervised"]
+    assert [cell.job.recipe.supervised.epochs for cell in every] == [8, 8]
+    whole = LabelsStudy(fractions=(1.0,), seeds=2, pretrainings="each").cells(RECIPE)
+    assert {cell.job.recipe.finetune.head_layer for cell in whole} == {0}
+    assert sum(name.endswith("pretrain") for name in names(whole)) == 2
+    distilled = next(cell.job for cell in whole if cell.method == "distilled")
+    assert [job.stage for job in distilled.chain] == ["pretrain", "finetune", "distill"]
+
+
+def test_the_other_studies_vary_what_they_are_called_after() -> None:
+    batch = BatchStudy(batches=(16, 32), epochs=(1, 2), seeds=1).cells(RECIPE)
+    settings = [(cell.job.recipe.pretrain.batch, cell.job.recipe.pretrain.epochs) for cell in batch]
+    assert settings == [(16, 1), (16, 2), (32, 1), (32, 2)]
+    head = HeadStudy(layers=(1, 3), seeds=1).cells(RECIPE)
+    layers = [(cell.job.recipe.model.head_layers, cell.job.recipe.finetune.head_layer) for cell in head]
+    assert layers == [(1, 0), (1, 1), (3, 0), (3, 1), (3, 2), (3, 3)]
+    assert sum(name.endswith("pretrain") for name in names(head)) == 2
+    size = SizeStudy(archs=("resnet18", "resnet50"), widths=(0.125,), selective_kernels=(False, True), seeds=1)
+    assert {cell.point["network"] for cell in size.cells(RECIPE)} == {
+        f"R{depth}-0.125x{kernels}" for depth in (18, 50) for kernels in ("", "-SK")
+    }
+    moved = TransferStudy(to=("a/pets", "cars.beton"), start="RUN", seeds=2).cells(RECIPE)
+    assert {(c.job.recipe.data.source, c.job.recipe.data.root) for c in moved} == {
+        ("folder", "a/pets"),
+        ("beton", "cars.beton"),
+    }
+    assert {cell.job.start for cell in moved} == {"RUN", None}
+    assert len(names(moved)) == 2 * 2 * 4
+
+
+def test_augment_gives_each_pair_once_and_changes_one_view() -> None:
+    recipe = replace(RECIPE, views=replace(RECIPE.views, size=32))
+    cells = AugmentStudy(ops=("crop", "colour", "rotation")).cells(recipe)
+    assert [tuple(cell.point.values()) for cell in cells] == [
+        ("crop", "crop"),
+        ("crop", "colour"),
+        ("crop", "rotation"),
+        ("colour", "colour"),
+        ("colour", "rotation"),
+        ("rotation", "rotation"),
+    ]
+    policies = [cell.job.recipe.views for cell in cells]
+    assert all(policy.one_branch for policy in policies)
+    assert policies[3].ops == {"jitter", "grey"} and policies[3].crop == "centre"
+    assert policies[1].ops == {"flip", "jitter", "grey"} and policies[1].crop == "random"
+    assert policies[5].ops == {"quarter"}
+    with pytest.raises(ValueError, match=r"--ops names blur, but views\.size=16 is below 20"):
+        AugmentStudy(ops=("blur",)).cells(replace(RECIPE, views=replace(RECIPE.views, size=16)))
+
+
+def test_one_branch_leaves_the_first_view_and_draws_the_others_as_ever() -> None:
+    whole = Policy(size=48, rotate=30.0, rotate90=0.5, sobel=0.5, noise=0.5, cutout=0.5, solarise=0.5)
+    ids, epochs = torch.arange(64), torch.full((64,), 3)
+    sizes = torch.tensor([[40, 60], [51, 33]] * 32)
+    half = draw(replace(whole, one_branch=True), 5, epochs, ids, 2, sizes)
+    both = draw(whole, 5, epochs, ids, 2, sizes)
+    assert torch.equal(half.source, both.source) and half.ops == both.ops and len(half) == 128
+    for name in ("crop", "angle", "quarter", "flip", "jitter", "factors", "order", "grey", "sigma", "sobel", "cutout"):
+        assert torch.equal(getattr(half, name)[64:], getattr(both, name)[64:]), name
+    assert half.crop[:2].tolist() == [[0, 10, 40, 40], [9, 0, 33, 33]]
+    assert torch.equal(half.extent, half.crop[:, 2:].to(half.extent.dtype))
+    for name in ("angle", "quarter", "flip", "jitter", "grey", "sigma", "sobel", "noise", "solarise", "cutout"):
+        assert not getattr(half, name)[:64].any(), name
+        assert getattr(half, name)[64:].any(), name
+    later = draw(replace(whole, one_branch=True), 5, epochs, ids, 1, sizes, first_view=1)
+    assert torch.equal(later.crop, half.crop[64:])  # a view is the same, whichever it is drawn with
+
+
+def lines_of(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def done(*words: object) -> None:
+    assert main([str(word) for word in words]) == 0, words
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("studies") / "labels"
+    settings = ("--fractions", "[0.1, 1.0]", "--seeds", 2, "--validations", 1)
+    done("study", "labels", *SMOKE, *settings, "--out", out)
+    return out
+
+
+def test_labels_writes_table_rows_curves_and_cost(labels: Path) -> None:
+    rows = lines_of(labels / "rows.csv")
+    assert len(rows) == 2 * 2 * 4
+    for entry in rows:
+        result = json.loads((labels / entry["run"] / "result.json").read_text())
+        assert float(entry["top1"]) == pytest.approx(result["metrics"]["top1"], abs=1e-6)
+        assert float(entry["seconds"]) == result["seconds"]
+    facts = json.loads((labels / "study.json").read_text())
+    assert facts["cost"]["trainings"] == 17 and facts["failed"] == {}
+    assert facts["cost"]["wall_seconds"] >= facts["cost"]["seconds_of_steps"] > 0
+    table = (labels / "table.md").read_text()
+    assert "| label_fraction | linear | fine-tuned | distilled | supervised |" in table and " ± " in table
+    assert "Supervised training" in table and "Total: 17 trainings" in table
+    assert all((labels / name).read_bytes()[:4] == b"\x89PNG" for name in ("plot.png", "curves.png"))
+    curves = lines_of(labels / "curves.csv")
+    assert {(line["method"], line["seed"]) for line in curves} == {
+        (method, seed) for method in ("fine-tuned", "supervised") for seed in "01"
+    }
+    ends = [line for line in curves if line["val_top1"] and float(line["epoch"]) == 1]
+    assert len(ends) >= 2 * 2 * 2
+
+
+def test_a_study_goes_on_and_grows_without_doing_anything_twice(
+    labels: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ran: list[Path] = []
+
+    def counted(make: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        def stage(setting: stages.Setting, *paths: Any, resume: bool) -> dict[str, Any]:
+            ran.append(paths[-1].relative_to(labels))
+            return make(setting, *paths, resume=resume)
+
+        return stage
+
+    for name in ("pretrain", "evaluate_linear", "finetune", "supervised", "distill"):
+        monkeypatch.setattr(stages, name, counted(getattr(stages, name)))
+    words = (
+        "--fractions",
+        "[0.1, 1.0]",
+        "--validations",
+        1,
+        "--methods",
+        "[linear, fine-tuned, distilled, supervised]",
+    )
+    done("study", "labels", *SMOKE, *words, "--seeds", 2, "--out", labels)
+    assert ran == []
+    done("study", "labels", *SMOKE, *words, "--seeds", 3, "--out", labels)
+    folders = [f"fraction-{f}/seed-2/{stage}" for f in ("0.1", "1") for stage in _STAGES]
+    assert [str(path) for path in ran] == folders
+    assert len(lines_of(labels / "rows.csv")) == 3 * 2 * 4
+
+
+_STAGES = ("linear", "finetune", "distill", "supervised")
+
+
+def test_a_folder_of_another_recipe_is_refused(labels: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--fractions", "[0.1, 1.0]", "--seeds", "1", "--validations", "1", "--finetune.optim.lr", "0.02")
+    assert main(["study", "labels", *SMOKE, *words, "--out", str(labels)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "holds a run of another recipe" in error and "lr" in error
+
+
+def test_curves_end_with_the_result_and_know_when_they_pass(labels: Path) -> None:
+    rows = [row(0.1, "supervised", 0, 0.9, run="fraction-0.1/seed-0/supervised")]
+    (curve,) = read_curves(rows, labels)
+    records = read_records(labels / "fraction-0.1/seed-0/supervised/metrics.jsonl")
+    trained = [record for record in records if record["kind"] == "train"]
+    assert curve.columns["epoch"][-1] == 1 and curve.columns["val_top1"][-1] == 0.9
+    assert curve.columns["seconds"][-1] == pytest.approx(trained[-1]["trained_s"])
+    assert [x for x in curve.columns["loss"] if x == x] == [record["loss"] for record in trained]
+    assert curve.passes(0.89) == (1, pytest.approx(trained[-1]["trained_s"])) and curve.passes(0.9) is None
+
+
+def test_the_other_studies_run_by_command(labels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done("study", "augment", *SMOKE, "--views.size", 32, "--ops", "[noise]", "--out", "augment")
+    assert "| noise | noise |" in Path("augment/table.md").read_text()
+    done("study", "batch", *SMOKE, "--batches", "[8]", "--epochs", "[1]", "--seeds", 1, "--out", "batch")
+    done("study", "head", *SMOKE, "--layers", "[1]", "--seeds", 1, "--out", "head")
+    assert len(lines_of(Path("head/rows.csv"))) == 2
+    done("study", "size", *SMOKE, "--archs", "[resnet18]", "--widths", "[0.125]", "--seeds", 1, "--out", "size")
+    assert "| R18-0.125x |" in Path("size/table.md").read_text()
+    for name in ("augment", "batch", "head", "size"):
+        assert Path(name, "plot.png").is_file()
+
+
+def test_transfer_starts_from_a_run_and_measures_other_folders(labels: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 6), ("test", 4)):
+        for name in ("dark", "bright"):
+            folder = tmp_path / "shades" / split / name
+            folder.mkdir(parents=True)
+            for k in range(count):
+                shade = torch.randint(0, 100, (20, 20, 3), generator=generator) + (150 if name == "bright" else 0)
+                Image.fromarray(shade.to(torch.uint8).numpy()).save(folder / f"{k}.png")
+    words = ("--from", labels / "pretrain", "--to", f"[{tmp_path / 'shades'}]", "--seeds", 1)
+    done("study", "transfer", *words, "--finetune.batch", 4, "--supervised.batch", 4, "--out", tmp_path / "moved")
+    rows = lines_of(tmp_path / "moved/rows.csv")
+    assert [entry["method"] for entry in rows] == ["kNN", "linear", "fine-tuned", "supervised"]
+    assert float(rows[1]["top1"]) == 1  # dark and bright, of an untrained network or a trained one
+
+
+def jobs(count: int) -> list[Job]:
+    recipe = replace(RECIPE, smoke=True, device="cpu")
+    return [Job(name=f"job-{k}", stage="supervised", recipe=replace(recipe, seed=k)) for k in range(count)]
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, answer: Callable[[int], dict[str, Any]]) -> None:
+    def supervised(setting: stages.Setting, run: Path, resume: bool) -> dict[str, Any]:
+        found = answer(setting.recipe.seed)
+        run.mkdir(parents=True)
+        (run / "result.json").write_text(json.dumps(found))
+        return found
+
+    monkeypatch.setattr(stages, "supervised", supervised)
+
+
+def test_a_failed_training_costs_itself_and_what_needs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(seed: int) -> dict[str, Any]:
+        if seed == 1:
+            raise FloatingPointError("the loss became nan")
+        return {"seed": seed}
+
+    pretend(monkeypatch, answer)
+    first, second, third = jobs(3)
+    needing = Job(name="tuned", stage="finetune", recipe=RECIPE, after=second)
+    outcomes = run_jobs([first, second, needing, third], tmp_path, 1)
+    assert list(outcomes.results) == ["job-0", "job-2"]
+    assert outcomes.failed == {"job-1": "FloatingPointError: the loss became nan", "tuned": "job-1 failed"}
+    pretend(monkeypatch, lambda seed: {"seed": seed})
+    again = run_jobs([first, second, third], tmp_path, 1)
+    assert sorted(again.results) == ["job-0", "job-1", "job-2"] and again.failed == {}
+
+
+def test_a_first_training_that_fails_ends_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(seed: int) -> dict[str, Any]:
+        raise ValueError("data.root is missing")
+
+    pretend(monkeypatch, answer)
+    with pytest.raises(ValueError, match=r"data\.root is missing"):
+        run_jobs(jobs(2), tmp_path, 1)
+
+
+def test_a_stop_ends_the_study_and_keeps_the_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(seed: int) -> dict[str, Any]:
+        if seed == 1:
+            raise Stopped(signal.SIGTERM, "stopped")
+        return {}
+
+    pretend(monkeypatch, answer)
+    with pytest.raises(Stopped):
+        run_jobs(jobs(3), tmp_path, 1)
+    assert set(json.loads((tmp_path / "times.json").read_text())) == {"job-0", "job-1"}
+    assert not (tmp_path / "job-2").exists()
+
+
+def test_a_job_is_a_command_that_anybody_may_give(tmp_path: Path) -> None:
+    (job,) = jobs(1)
+    job.file(tmp_path).write_text(dump_recipe(job.recipe))
+    done(*job.command(tmp_path))
+    assert run_jobs([job], tmp_path, 1).results["job-0"]["stage"] == "supervised"
+
+
+def test_side_by_side_each_has_its_own_gpu_and_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    popen, given = subprocess.Popen, dict[str, str | None]()
+
+    def start(words: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        assert words[1:4] == ["-m", "fastsimclr", "supervised"]
+        run = Path(words[words.index("--out") + 1])
+        given[run.name] = options["env"].get("CUDA_VISIBLE_DEVICES")
+        assert parse_recipe(Path(words[words.index("--config") + 1]).read_text()).seed == int(run.name[-1])
+        code = f"import os, sys; os.mkdir({str(run)!r}); open({str(run / 'result.json')!r}, 'w').write('{{}}')"
+        if run.name == "job-1":
+            code = "import sys; print('working', flush=True); sys.exit('error: out of memory')"
+        return popen([sys.executable, "-c", code], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(study_jobs, "gpus", lambda: ["3", "5"])
+    needing = Job(name="tuned", stage="finetune", recipe=RECIPE, after=jobs(2)[1])
+    outcomes = run_jobs([*jobs(3), needing], tmp_path, 2)
+    assert sorted(outcomes.results) == ["job-0", "job-2"] and {given["job-0"], given["job-1"]} == {"3", "5"}
+    assert outcomes.failed["job-1"] == f"error: out of memory (see {tmp_path / 'job-1.log'})"
+    assert outcomes.failed["tuned"] == "job-1 failed"
+    assert (tmp_path / "job-1.log").read_text().startswith("working")
+    assert set(outcomes.wall_s) == {"job-0", "job-1", "job-2"}
+
+
+def test_a_signal_reaches_the_trainings_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def sleeper(words: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        started.append(popen([sys.executable, "-c", "import time; time.sleep(600)"], **options))
+        if len(started) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", sleeper)
+    start = time.perf_counter()
+    with pytest.raises(Stopped, match="3 trainings to go"):
+        run_jobs(jobs(3), tmp_path, 2)
+    assert time.perf_counter() - start < 60
+    assert [process.returncode for process in started] == [-signal.SIGTERM, -signal.SIGTERM]
+
+
+@pytest.mark.parametrize(
+    ("study", "settings", "message"),
+    [
+        (LabelsStudy, {"fractions": (0.5, 1.5)}, "--fractions .* must be above 0 and up to 1"),
+        (LabelsStudy, {"fractions": (0.5, 0.5)}, "each once"),
+        (LabelsStudy, {"finetune_epochs": (5,)}, "--finetune_epochs .* must be 3 numbers"),
+        (LabelsStudy, {"seeds": 0}, "--seeds 0 must be at least 1"),
+        (HeadStudy, {"layers": (5,)}, "--layers .* must be 1 to 4"),
+        (TransferStudy, {"to": ()}, "--to .* must name one value or more"),
+        (TransferStudy, {"to": ("a/x", "b/x")}, "each once"),
+    ],
+)
+def test_bad_settings_are_refused(study: type[Study], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        study(**settings)
+
+
+def test_two_jobs_of_one_name_must_be_one() -> None:
+    first, second = jobs(2)
+    with pytest.raises(ValueError, match="two jobs are called job-0"):
+        in_order([first, replace(second, name="job-0")])
