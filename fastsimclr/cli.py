@@ -21,10 +21,10 @@ from fastsimclr.launch import Launch, launched
 from fastsimclr.loaders.data import LoaderName
 from fastsimclr.models.foreign import is_foreign
 from fastsimclr.models.resnet import Arch
-from fastsimclr.recipe import Recipe, add_recipe_arguments, check_sections, parse_recipe, recipe_from, recipe_keys
+from fastsimclr.recipe import Recipe, add_recipe_arguments, parse_recipe, recipe_from, recipe_keys
 from fastsimclr.stopping import Stopped
-
-CONFIGS = Path(__file__).resolve().parent / "configs"
+from fastsimclr.words import COMMANDS, TOOLS, plain, with_recipes
+from fastsimclr.words import CONFIGS as CONFIGS
 
 _CONFIG_HELP = (
     "Recipe: a file, or the name of an installed one; later options override it. Without it: the recipe of --from or"
@@ -32,35 +32,9 @@ _CONFIG_HELP = (
 )
 
 _TEACHER_HELP = (
-    "Teacher's run; its recipe holds. Several: their mean. timm:NAME, torchvision:NAME: a library's network, with its"
-    " own weights or those of NAME@FILE."
+    "Teacher's run; its recipe holds, but for distill.into_itself. Several: their mean. timm:NAME, torchvision:NAME: a"
+    " library's network, with its own weights or those of NAME@FILE."
 )
-
-_COMMANDS = {
-    "pretrain": "Contrastive pretraining on all images.",
-    "linear": "Linear evaluation of a pretrained network.",
-    "knn": "Nearest-neighbour evaluation of a pretrained network.",
-    "finetune": "Fine-tune a pretrained network on the labels.",
-    "supervised": "The baseline: the same network from scratch on the same labels.",
-    "distill": "Distill a fine-tuned network into a student.",
-    "study": "Many trainings that differ in one thing: labels, augment, batch, head, size or transfer.",
-    "evaluate": "Every published protocol on a pretrained network, or the whole report on a classifier; one table.",
-    "run": "All of them in a row; the same command again goes on where it stopped.",
-    "demo": "The whole chain on embedded images, in a few minutes on a CPU.",
-    "import-tf": "Google's TensorFlow checkpoint as a run folder.",
-    "export": "The weights of a run for torchvision, as safetensors or as ONNX.",
-    "embed": "Features of a folder of images, to .npy or Parquet.",
-    "predict": "Classes of a folder of images, to CSV.",
-    "detect": "Fine-tune a pretrained encoder to find objects: Faster R-CNN, COCO's format.",
-    "segment": "Fine-tune a pretrained encoder to segment images: FCN, masks as PNG.",
-    "pack": "Any data set as one .beton file, which is read fastest.",
-    "inspect": "What a .beton file holds; a contact sheet; a check of every image.",
-    "index": "The index.json of WebDataset shards, by which a run starts without reading them all.",
-    "bench": "Measure loader, step or training beside a baseline; compare two reports.",
-    "plan": "Predicted speed, hours and memory of a recipe on GPUs that are not here.",
-}
-# Without a recipe, and in one process.
-_TOOLS = ("import-tf", "export", "embed", "predict", "detect", "segment", "pack", "inspect", "index", "bench", "plan")
 
 
 class _Parser(ArgumentParser):
@@ -89,18 +63,18 @@ class _StageParser(_Parser):
 
 def _parser(words: Sequence[str]) -> ArgumentParser:
     """The whole command line; of the commands only that in `words` with its options: they take a tenth of a second."""
-    chosen = next((word for word in words if word in _COMMANDS), None)
+    chosen = next((word for word in words if word in COMMANDS), None)
     parser = _Parser(
         prog="fastsimclr",
         description="From unlabelled images and a few labels to a compact classifier: SimCLR v1 and v2.",
     )
     parser.add_argument("--version", action="version", version=f"fastsimclr {fastsimclr.__version__}")
     commands = parser.add_subcommands(metavar="COMMAND")
-    for name, summary in _COMMANDS.items():
-        staged = name == chosen and name not in (*_TOOLS, "study")
+    for name, summary in COMMANDS.items():
+        staged = name == chosen and name not in (*TOOLS, "study")
         command = _stage_parser(name, summary) if staged else _Parser(description=summary)
         commands.add_subcommand(name, command, help=summary)
-        if name == chosen and name in _TOOLS:
+        if name == chosen and name in TOOLS:
             _tool(name)[0](command)
         if name == chosen == "study":
             from fastsimclr.studies.command import add_studies
@@ -181,7 +155,7 @@ _CHAINED = ("linear", "knn", "finetune", "distill", "evaluate")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors are one line, with --traceback also Python's trace."""
-    words = _plain(sys.argv[1:] if argv is None else argv)
+    words = plain(sys.argv[1:] if argv is None else argv)
     launch = Launch()
     try:
         launch = launched()
@@ -190,9 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.basicConfig(format=f"{mine}%(message)s", stream=sys.stderr, level=level)
         launch.enter()
         parser = _parser(words)
-        parsed = parser.parse_args(_with_recipes(words))
+        parsed = parser.parse_args(with_recipes(words))
         command, options = parsed.subcommand, parser.instantiate(parsed)[parsed.subcommand]
-        run = _run_tool if command in _TOOLS else _run_study if command == "study" else _run_stages
+        run = _run_tool if command in TOOLS else _run_study if command == "study" else _run_stages
         code = run(command, options)
         launch.wait()
     except Stopped as stop:
@@ -220,65 +194,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-_SPLIT = ("--config", "--from", "--teacher", "--smoke", "--resume")
-
-
-def _plain(words: Sequence[str]) -> list[str]:
-    """--config=NAME and its like as two words, --loader in full, and a bare --smoke with its value."""
-    plain: list[str] = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if key == "--loader" and words[0] not in _TOOLS:
-            key, word = "--data.loader", f"--data.loader{equals}{value}"
-        plain += [key, value] if equals and key in _SPLIT else [word]
-    for i in reversed([i for i, word in enumerate(plain) if word == "--smoke"]):
-        if plain[i + 1 : i + 2] not in (["true"], ["false"]):
-            plain.insert(i + 1, "true")
-    return plain
-
-
-def _with_recipes(words: list[str]) -> list[str]:
-    """Recipes by name looked up in configs/; the recipe of the run to start from, or the default one, put first."""
-    words = [_known(word) if i and words[i - 1] == "--config" else word for i, word in enumerate(words)]
-    if not words or words[0] not in _COMMANDS or words[0] in _TOOLS or "--help" in words or "-h" in words:
-        return words
-    first: list[str] = []
-    run = _start(words)
-    fresh = words[0] in ("pretrain", "supervised", "run", "study") or (words[0] == "distill" and run is None)
-    if words[0] == "demo" or (fresh and "--config" not in words):
-        own = words[0] != "demo" and any(word.startswith("--data.root") for word in words)
-        first = ["--config", str(CONFIGS / ("folder.yaml" if own else "digits.yaml"))]
-    if run is not None:
-        first = ["--config", str(stages.recipe_path(Path(run)))]
-    for word, path in pairwise(first + words):
-        if word == "--config" and Path(path).is_file():
-            check_sections(Path(path).read_text(), f"recipe {path}")
-    begin = 2 if words[0] == "study" else 1
-    return [*words[:begin], *first, *words[begin:]]
-
-
-def _start(words: Sequence[str]) -> str | None:
-    """The first run that --from or --teacher names; a library's network has no recipe."""
-    found, option = None, ""
-    for word in words:
-        if word.startswith("--"):
-            option, found = word, None if word in ("--from", "--teacher") else found
-        elif option in ("--from", "--teacher") and found is None and not is_foreign(word):
-            found = word
-    return found
-
-
-def _known(name: str) -> str:
-    path = Path(name)
-    if path.is_file():
-        return name
-    packaged = CONFIGS / f"{path.stem}.yaml"
-    if packaged.is_file() and path.suffix in ("", ".yaml") and path.parent in (Path(), Path("configs")):
-        return str(packaged)
-    known = ", ".join(path.name for path in sorted(CONFIGS.glob("*.yaml")))
-    raise FileNotFoundError(f"--config {name} is not a file; give a file, or one of {known}")
 
 
 def _run_study(command: str, options: Namespace) -> int:

@@ -10,13 +10,16 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from fastsimclr import checkpoint
 from fastsimclr.loaders import DataConfig, Policy
 from fastsimclr.models import ModelConfig
 from fastsimclr.optim import OptimConfig
-from fastsimclr.trainer import TrainerConfig
+from fastsimclr.trainer_config import TrainerConfig
 
 Labels = Literal["subset", "all"]
 _SMOKE_BATCH = 16
+# How and where a run is computed, not what; trainer.* the stages look at themselves.
+_GOES_ON_WITH_OTHERS = ("trainer.", "device:", "data.threads:", "data.loader:", "data.cache", "data.resident_gib:")
 
 
 def _positive(section: str, config: object, *keys: str) -> None:
@@ -40,7 +43,7 @@ class PretrainConfig:
     """paper: mean over the 2N rows. google: the sum of both views' means, twice that, as in google-research/simclr."""
     memory: int = 0
     """Negatives of earlier batches, held in a queue; all contrasts then come from a momentum encoder. 65536 in SimCLRv2
-    (configs/v2-paper.yaml); 0: none of both. One forward pass more a step."""
+    (configs/v2-paper.yaml); 0: none of both. One forward pass more a step. Excludes trainer.cuda_graph."""
     momentum: float = 0.999
     """With memory: what share of itself the momentum encoder keeps at each step, 0 or more and below 1."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.0, weight_decay=1e-4, warmup_epochs=10))
@@ -307,6 +310,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be between 0 and {2**32 - 1}")
+        if self.trainer.cuda_graph and self.pretrain.memory:
+            raise ValueError(
+                f"trainer.cuda_graph=True is for steps of one shape, not for pretrain.memory={self.pretrain.memory},"
+                " whose queue grows; leave one of them out"
+            )
 
     def at_smoke_size(self) -> Recipe:
         """The same recipe at the size of --smoke; image counts are cut where the sources are opened."""
@@ -391,3 +399,17 @@ def parse_recipe(text: str) -> Recipe:
         return recipe_from(parser.instantiate(parser.parse_string(text)))
     except ArgumentError as error:
         raise ValueError(f"the recipe is refused: {error}") from error
+
+
+def changes(before: str, recipe: Recipe) -> list[str]:
+    """What `recipe` has otherwise than the recipe text that a run was begun with, each as "section.key: old -> new".
+
+    Keys that the text lacks, which an earlier version wrote, have had their defaults. Left out is what a run may go on
+    with another of: trainer.*, device, data.threads, data.loader, data.cache, data.cache_gib and data.resident_gib.
+    ValueError where the text is no recipe.
+    """
+    now = dump_recipe(recipe)
+    if before == now:
+        return []
+    found = checkpoint.differences(dump_recipe(parse_recipe(before)), now)
+    return [change for change in found if not change.startswith(_GOES_ON_WITH_OTHERS)]

@@ -66,6 +66,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for package in ("nvidia.dali", "ffcv", "matplotlib"):
             if not _installed(package):
                 reasons[f"no {package} here: tests that need it ({REQUIRE}=1 has them fail)"] = partial(_needs, package)
+    if not _installed("transformers"):
+        reasons["no transformers here: tests that need it"] = partial(_needs, "transformers")
     for reason, applies in reasons.items():
         left_out = [item for item in items if applies(item)]
         if left_out:

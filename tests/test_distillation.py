@@ -24,15 +24,15 @@ from fastsimclr import checkpoint
 from fastsimclr.cli import main
 from fastsimclr.evaluate import extract
 from fastsimclr.models import ModelConfig
-from fastsimclr.models.foreign import load_foreign
+from fastsimclr.models.foreign import ForeignNet, load_foreign
 from fastsimclr.objectives.distillation import Distillation, Ensemble, RecordedDistillation
 from fastsimclr.ranks import Ranks
 from fastsimclr.recipe import DistillConfig, parse_recipe
-from fastsimclr.stages import Setting
+from fastsimclr.stages import Setting, protocols
 from fastsimclr.stages.distillation import student_of, temperature_of
 from fastsimclr.stages.networks import load_classifier
 from fastsimclr.stages.published import fitting
-from fastsimclr.stages.teachers import RECORD, Teacher, numbered, recorded_logits
+from fastsimclr.stages.teachers import RECORD, Teacher, load_teachers, numbered, recorded_logits
 
 PLAIN = ("--config", "digits.yaml", "--device", "cpu", "--smoke", "--trainer.precision", "fp32")
 SMOKE = (*PLAIN, "--distill.temperature", "null")
@@ -139,7 +139,8 @@ def test_recorded_logits_are_no_state() -> None:
     assert list(objective.state_dict()) == ["student.logits"]
 
 
-def test_temperature_and_student_by_the_teachers() -> None:
+def test_temperature_and_student_by_the_teachers(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "fastsimclr")
     small, large = ModelConfig(arch="resnet18", head_layers=0), ModelConfig(arch="resnet18", width=2.0)
 
     def teacher(model: ModelConfig | None) -> Teacher:
@@ -150,7 +151,8 @@ def test_temperature_and_student_by_the_teachers() -> None:
     assert temperature_of(None, small, [other]) == temperature_of(None, small, [same, other]) == 1.0
     assert temperature_of(None, small, [foreign]) == 1.0
     assert temperature_of(None, replace(small, selective_kernels=True), [same]) == 1.0
-    assert temperature_of(2.5, small, [same]) == 2.5
+    assert temperature_of(0.1, small, [same]) == 0.1 and not caplog.text
+    assert temperature_of(2.5, small, [same]) == 2.5 and "--distill.temperature null) 0.1" in caplog.text
     assert student_of(small, [other, same], into_itself=True) == replace(large, head_layers=0)
     assert student_of(small, [other], into_itself=False) == small
     with pytest.raises(ValueError, match=r"into_itself=true .* timm:x"):
@@ -233,23 +235,48 @@ def test_classes_beside_the_weights_order_the_outputs(tmp_path: Path) -> None:
         load_foreign(f"timm:test_resnet@{file}", FIVE, "here", seen=None, size=32)
 
 
+def test_without_a_list_the_outputs_are_the_sorted_names(tmp_path: Path) -> None:
+    file = saved(timm.create_model("test_resnet", num_classes=K), tmp_path / "w.pt")
+    ordered = load_foreign(f"timm:test_resnet@{file}", FIVE, "here", seen=None, size=32)
+    backwards = load_foreign(f"timm:test_resnet@{file}", FIVE[::-1], "here", seen=None, size=32)
+    pixels = views(None, 32)[0].float()
+    with torch.no_grad():
+        torch.testing.assert_close(backwards(pixels), ordered(pixels).flip(1))
+
+
+def test_a_transformer_of_a_file_takes_views_of_the_size_it_was_built_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def small(name: str, *, weights: None, num_classes: int) -> nn.Module:
+        return torchvision.models.VisionTransformer(32, 16, 1, 1, 8, 8, num_classes=num_classes)
+
+    monkeypatch.setattr(torchvision.models, "get_model", small)
+    file = saved(small("", weights=None, num_classes=K), tmp_path / "w.pt")
+    found = load_foreign(f"torchvision:vit_h_14@{file}", FIVE, "here", seen=None, size=48)
+    assert found.size == 32  # the library's own weights are for 518
+
+
 def test_the_librarys_own_weights_are_for_imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = torchvision.models.shufflenet_v2_x0_5()
     url = torchvision.models.ShuffleNet_V2_X0_5_Weights.DEFAULT.url
     (tmp_path / "checkpoints").mkdir()
     saved(network, tmp_path / "checkpoints" / url.rsplit("/", 1)[1])
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    ids = [f"n{number:08}" for number in range(1000)]
+    ids = ["n01440764", *(f"n{number:08}" for number in range(2_000_000, 2_000_998)), "n15075141"]
     found = load_foreign("torchvision:shufflenet_v2_x0_5", ids, "here", seen=IMAGENET, size=32).double()
     pixels, shown = views(IMAGENET, 32)
     with torch.no_grad():
         expected = network.eval().double()(own_input(pixels, *IMAGENET, None))
         torch.testing.assert_close(found(shown), expected, rtol=1e-5, atol=1e-5)
+        found = load_foreign("torchvision:shufflenet_v2_x0_5", ids[::-1], "here", seen=IMAGENET, size=32).double()
+        torch.testing.assert_close(found(shown), expected.flip(1), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="has 1000 outputs, here has 5 classes"):
         load_foreign("torchvision:shufflenet_v2_x0_5", FIVE, "here", seen=None, size=32)
     with pytest.raises(ValueError, match="in the order of their WordNet ids, here has a0000"):
         names = [f"a{number:04}" for number in range(1000)]
         load_foreign("torchvision:shufflenet_v2_x0_5", names, "here", seen=None, size=32)
+    with pytest.raises(ValueError, match="in the order of their WordNet ids, here has n00000001"):
+        load_foreign("torchvision:shufflenet_v2_x0_5", ["n00000001", *ids[1:]], "here", seen=None, size=32)
 
 
 def test_teachers_that_cannot_be_had_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,6 +362,61 @@ def test_published_self_distillation_is_found() -> None:
     of_itself = student_of(ModelConfig(), [Teacher(name="a", network=nn.Identity(), model=big)], into_itself=True)
     found = fitting("ImageNet", "distill", of_itself, labels=0.1, epochs=800)
     assert [(entry.top1, entry.what.endswith("from itself")) for entry in found] == [(0.809, True)]
+
+
+def test_the_report_on_a_network_distilled_into_itself_is_beside_its_own_numbers(
+    chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[ModelConfig] = []
+
+    def beside(setting: Setting, stage: str, model: ModelConfig, labels: str) -> dict[str, Any]:
+        asked.append(model)
+        return {"published": [{"top1": 0.5}]}
+
+    monkeypatch.setattr(protocols, "beside", beside)
+    own = Path(shutil.copytree(chain / "self-distill", tmp_path / "own"))
+    recipe = parse_recipe((own / "recipe.yaml").read_text())
+    found = protocols.evaluate(recipe, own, tmp_path / "a", False)
+    assert asked == [] and "published" not in found["report"]  # as the run itself has none
+    (own / "result.json").write_text(json.dumps(result(own) | {"published": [{"top1": 0.5}]}))
+    found = protocols.evaluate(recipe, own, tmp_path / "b", False)
+    assert asked == [replace(recipe.model, head_layers=0)] and asked[0].arch != recipe.distill.student.arch
+    assert found["protocols"][0]["published"] == {"top1": 0.5}
+
+
+def test_into_itself_is_not_taken_from_a_teachers_recipe(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.yaml").write_text("distill: {into_itself: true}\n")
+
+    def into_itself(*words: object) -> bool:
+        with pytest.raises(SystemExit):
+            main(["distill", "--teacher", str(chain / "self-distill"), *map(str, words), "--print_config"])
+        return parse_recipe(capsys.readouterr().out).distill.into_itself
+
+    assert not into_itself("--distill.student.arch", "resnet18")
+    assert into_itself("--distill.into_itself", "true")
+    assert into_itself("--config", tmp_path / "own.yaml")
+
+
+@pytest.mark.parametrize("change", [{"normalise": "imagenet"}, {"size": 16}, {"size": 16, "normalise": "imagenet"}])
+def test_a_runs_teacher_sees_views_as_it_learned_from(
+    chain: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any]
+) -> None:
+    recipe = parse_recipe((chain / "finetune" / "recipe.yaml").read_text())
+    other = replace(recipe, views=replace(recipe.views, **change))
+    caplog.set_level("WARNING", "fastsimclr")
+    (plain,) = load_teachers(Setting(recipe), [str(chain / "finetune")])
+    assert not caplog.text and not isinstance(plain.network, ForeignNet)
+    (shown,) = load_teachers(Setting(other), [str(chain / "finetune")])
+    assert "learned from views of 8 px, torchvision, (mean, std) None" in caplog.text
+    pixels, views_here = views(IMAGENET if "normalise" in change else None, other.views.size)
+    pixels, views_here = pixels.float(), views_here.float()
+    with torch.no_grad():
+        expected = plain.network.eval()(torchvision.transforms.Resize((8, 8), antialias=True)(pixels))
+        scale = expected.std()  # small: the classifier has hardly been trained
+        torch.testing.assert_close(shown.network(views_here) / scale, expected / scale, rtol=1e-3, atol=1e-3)
+        assert ((plain.network(views_here) - expected) / scale).abs().max() > 0.1
 
 
 def test_student_same_by_command(chain: Path, tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from fastsimclr.models import ModelConfig, build_simclr
 from fastsimclr.objectives import Contrastive, MomentumContrast
 from fastsimclr.optim import LARS, OptimConfig, Schedule, build_optimizer
 from fastsimclr.runtime import Precision, Runtime
-from fastsimclr.trainer import Job, Trainer, TrainerConfig
+from fastsimclr.trainer import Job, Trainer
+from fastsimclr.trainer_config import TrainerConfig
 from tests.captured import captured
 
 pytestmark = pytest.mark.gpu
@@ -255,12 +256,17 @@ def test_a_step_never_waits_for_the_device(precision: Precision, memory: int, tm
         assert math.isfinite(meter.read()["loss"])
 
 
-@pytest.mark.parametrize(("precision", "memory"), [("fp32", 0), ("bf16", 0), ("bf16", 96)])
+@pytest.mark.parametrize(("precision", "memory"), [("fp32", 0), ("bf16", 0), ("fp32", 96), ("bf16", 96)])
 def test_training_begins_as_on_the_cpu(precision: Precision, memory: int, tmp_path: Path) -> None:
     first: dict[torch.device, float] = {}
     sides: tuple[tuple[torch.device, Precision], ...] = ((CPU, "fp32"), (CUDA, precision))
     for device, used in sides:
         trainer = trainer_on(device, used, tmp_path / f"run-{len(first)}", memory)
+        if isinstance(trainer.job.objective, MomentumContrast):  # or the first step would meet an empty queue
+            (batch,) = batches(32, device, start=1, stop=2)
+            views = ship(batch, trainer.job.policy, 7, 2, device).views(trainer.job.policy, torch.float32)
+            trainer.job.objective._enqueue(trainer.job.objective.contrasts(views))
+            assert trainer.job.objective.bank is not None
         losses: list[Tensor] = []
         trainer.job.objective.register_forward_hook(lambda _m, _i, out, seen=losses: seen.append(out.loss.detach()))
         last = trainer.fit()

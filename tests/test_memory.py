@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,19 @@ from torch.nn import functional as F
 
 from fastsimclr import checkpoint
 from fastsimclr.cli import CONFIGS, main
+from fastsimclr.kernels.nt_xent import fused, packing
 from fastsimclr.models import ModelConfig, average_running_statistics, build_simclr
 from fastsimclr.objectives import MomentumContrast
 from fastsimclr.optim import OptimConfig, build_optimizer
 from fastsimclr.parallel import parallel
 from fastsimclr.ranks import Ranks
-from fastsimclr.recipe import PretrainConfig, parse_recipe
+from fastsimclr.recipe import PretrainConfig, Recipe, parse_recipe
 from fastsimclr.runtime import Precision, Runtime
 from fastsimclr.stages.networks import load_encoder
-from fastsimclr.trainer import Job
+from fastsimclr.trainer import Job, Trainer
+from fastsimclr.trainer_config import TrainerConfig
 from tests.test_objectives_ranks import Pool
-from tests.test_trainer import BATCH, CPU, TINY, At, Syncs, assert_bitwise_equal, final, fit, job, one_step
+from tests.test_trainer import BATCH, CPU, TINY, TOTAL, At, Syncs, assert_bitwise_equal, final, fit, job, one_step
 
 SIZE, STEPS, TEMPERATURE, MOMENTUM, RATE = 16, 6, 0.2, 0.9, 0.01
 LIMIT = 1e-9  # six steps magnify rounding: a run whose images are 1e-15 off ends 1e-10 away
@@ -146,13 +149,13 @@ def test_micro_batches_are_groups_of_one_batch(ranks_pool: Pool) -> None:
         assert distance(other, whole) < LIMIT
 
 
-def memory_job(run: Path, memory: int = 24, **changes: Any) -> Job:
+def memory_job(run: Path, memory: int = 24, optim: OptimConfig | None = None, **changes: Any) -> Job:
     """The trainer's tiny job with a memory: sixteen keys a step, so that the queue of 24 wraps."""
-    optim = OptimConfig(lr=2.0, warmup_epochs=0)
+    optim = optim or OptimConfig(lr=2.0, warmup_epochs=0)
     objective = momentum_contrast(memory, model=TINY)
     optimizer = build_optimizer(optim, objective, global_batch=BATCH)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(objective.network.parameters()))
-    return job(run, objective=objective, optimizer=optimizer, **changes)
+    return job(run, objective=objective, optimizer=optimizer, optim=optim, **changes)
 
 
 @pytest.mark.parametrize(("precision", "micro"), [("fp16", None), ("fp32", 4)])
@@ -171,6 +174,42 @@ def test_stopped_and_resumed_is_left_alone(tmp_path: Path, precision: Precision,
     assert_bitwise_equal(final(tmp_path / "alone"), final(half))
 
 
+def test_a_step_whose_gradients_overflow(tmp_path: Path) -> None:
+    """fp16's scaler leaves it out: no trained weight changes; the copy moves, and the keys enter the queue."""
+    before: dict[str, Any] = {}
+
+    def raise_the_scale() -> None:
+        trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 2.0**120})
+        before.update(copy.deepcopy(trainer.job.objective.state_dict()))
+
+    given = memory_job(tmp_path, memory=512, hooks=(At(TOTAL - 1, raise_the_scale),))
+    trainer = Trainer(TrainerConfig(), replace(CPU, precision="fp16"), given)
+    trainer.fit()
+    assert trainer.scaler.get_scale() == 2.0**119, "the scale of a step that was left out is halved"
+    after = given.objective.state_dict()
+    for key, parameter in given.objective.network.named_parameters():
+        mine, follower = f"network.{key}", f"momentum_network.{key}"
+        assert torch.equal(after[mine], before[mine]) and torch.equal(parameter, after[mine])
+        moved = MOMENTUM * before[follower] + (1 - MOMENTUM) * before[mine]
+        torch.testing.assert_close(after[follower], moved, rtol=1e-6, atol=1e-7)
+    first = "momentum_network.encoder.conv1.weight"
+    assert not torch.equal(after[first], before[first])
+    rows = (TOTAL - 1) * 2 * BATCH
+    assert (int(before["_extra_state"]), int(after["_extra_state"])) == (rows, rows + 2 * BATCH)
+    torch.testing.assert_close(after["queue"][rows : rows + 2 * BATCH].norm(dim=1), torch.ones(2 * BATCH))
+    assert torch.equal(after["queue"][:rows], before["queue"][:rows])
+
+
+def test_the_loss_is_compiled_for_the_types_that_training_gives() -> None:
+    """Rows in autocast's half precision, keys in float32."""
+    objective, images = momentum_contrast(8), views(4, 0).flatten(0, 1).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rows, keys = objective.embed(images), objective.contrasts(images)
+    assert (rows.dtype, keys.dtype) == (torch.bfloat16, torch.float32)
+    packed = [one.signature for one in fused.variants() if one.kernel is packing.pack_with_keys]
+    assert [(one["x"], one["keys"]) for one in packed] == [("*bf16", "*fp32")]
+
+
 def test_a_step_never_waits_for_the_device(tmp_path: Path) -> None:
     step = one_step(memory_job(tmp_path), CPU)
     with Syncs() as syncs:
@@ -185,8 +224,14 @@ def test_values_that_break_a_rule() -> None:
     for momentum in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match=rf"pretrain.momentum={momentum} must be 0 or more and below 1"):
             PretrainConfig(momentum=momentum)
-    with pytest.raises(ValueError, match="memory=0 must be at least 1"):
+    with pytest.raises(ValueError, match="memory=0 must be at least 1; use Contrastive"):
         momentum_contrast(0)
+    with pytest.raises(ValueError, match=r"^momentum=1.0 must be 0 or more and below 1, .*; use 0.999"):
+        momentum_contrast(8, momentum=1.0)
+    memory, graph = PretrainConfig(memory=64), TrainerConfig(cuda_graph=True)
+    assert Recipe(trainer=graph).trainer.cuda_graph and Recipe(pretrain=memory).pretrain.memory == 64
+    with pytest.raises(ValueError, match=r"is for steps of one shape, not for pretrain.memory=64, whose queue grows"):
+        Recipe(pretrain=memory, trainer=graph)
 
 
 def test_the_papers_recipe_is_that_without_memory_but_for_the_memory() -> None:
@@ -204,6 +249,24 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("memory") / "run"
     assert main([*SMOKE.split(), "--out", str(folder)]) == 0
     return folder
+
+
+@pytest.mark.parametrize(("memory", "told"), [(2076, False), (2077, True)])
+def test_a_queue_longer_than_the_data_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, memory: int, told: bool
+) -> None:
+    """1,438 digits, 400 a step: two views of the other 1,038."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        stopped.append(True)
+        raise ValueError
+
+    stopped: list[bool] = []
+    monkeypatch.setattr(sys.modules["fastsimclr.stages.pretrain"], "train", stop)
+    words = f"pretrain --config digits --device cpu --model.width 0.125 --pretrain.batch 400 --pretrain.memory {memory}"
+    assert main([*words.split(), "--out", str(tmp_path / "run")]) == 1 and stopped
+    assert (f"--pretrain.memory {memory} is more than two views of the 1438 images" in caplog.text) is told
+    assert ("use at most 2076" in caplog.text) is told
 
 
 def test_what_a_run_leaves_is_the_query_network(run: Path) -> None:
@@ -227,10 +290,6 @@ def test_what_a_run_leaves_is_the_query_network(run: Path) -> None:
         ("--pretrain.memory 32", "was made with pretrain.memory=64, this run has pretrain.memory=32; a resume"),
         ("--pretrain.memory 0", "was made with pretrain.memory=64, this run has pretrain.memory=None; a resume"),
         ("--pretrain.momentum 0.99", "was made with pretrain.momentum=0.999, this run has pretrain.momentum=0.99;"),
-        (
-            "--trainer.cuda_graph true",
-            "is for steps of one shape, not for pretrain.memory=64, whose queue grows; leave",
-        ),
     ],
 )
 def test_what_a_resume_refuses(run: Path, capsys: pytest.CaptureFixture[str], options: str, said: str) -> None:

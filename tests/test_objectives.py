@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastsimclr.models import BatchNorm, ClassifierNet, ModelConfig, build_classifier, build_simclr
-from fastsimclr.objectives import Contrastive, CrossEntropy, Distillation
+from fastsimclr.objectives import Contrastive, CrossEntropy, Distillation, Ensemble
 
 TINY = ModelConfig(arch="resnet18", width=0.125, head_layers=2, head_dim=8)
 
@@ -80,6 +80,13 @@ def test_distillation_without_any_label_has_no_label_term() -> None:
     plain = Distillation(student, teacher, temperature=1.0).eval()(x, none).loss
     mixed = Distillation(student, teacher, temperature=1.0, label_weight=0.25).eval()(x, none).loss
     assert mixed.item() == pytest.approx(0.75 * plain.item(), rel=1e-6)
+
+
+def test_an_ensemble_of_another_temperature_is_refused() -> None:
+    ensemble = Ensemble([classifier(2), classifier(3)], 2.0)
+    assert Distillation(classifier(1), ensemble, temperature=2.0).teacher is ensemble
+    with pytest.raises(ValueError, match=r"temperature=1.0 is not the ensemble's 2.0, .*; give both the same"):
+        Distillation(classifier(1), ensemble, temperature=1.0)
 
 
 def test_the_teacher_stays_as_it_is() -> None:

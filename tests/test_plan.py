@@ -33,7 +33,7 @@ from fastsimclr.planning.rates import Measured, Rates, fit, nonnegative, rates_o
 from fastsimclr.planning.schedule import images_of, spans
 from fastsimclr.planning.work import Counted, Work, _Tally, count, count_norms
 from fastsimclr.recipe import Recipe, parse_recipe
-from fastsimclr.trainer import TrainerConfig
+from fastsimclr.trainer_config import TrainerConfig
 
 R50 = ModelConfig(arch="resnet50", head_layers=2)
 R18 = ModelConfig(arch="resnet18", head_layers=2)
@@ -220,6 +220,27 @@ def test_a_queue_costs_a_forward_pass_a_network_and_its_keys() -> None:
     less, held = (memory(one, trainer, cluster, 2.0) for one in (step, replace(step, memory=65536)))
     assert held.weights == 2 * less.weights and held.loss - less.loss == 65536 * 128 * (4 + 2)
     assert held.total - less.total == pytest.approx(4 * net.parameters + 65536 * 128 * 6)
+
+
+def test_without_a_head_the_loss_has_the_encoders_features() -> None:
+    """Four GPUs, 128 images each, 512 features: in the products, the gather, the queue and what is held."""
+    cluster, trainer = Cluster(gpus=4), TrainerConfig()
+    step = StepPlan(model=replace(R18, head_layers=0), size=64, stem_size=64, batch=512, views=2, precision="bf16")
+    kept = replace(step, memory=4096)
+    net = counted(step.model, 64, 256)
+    assert net.dim == 512 and counted(R18, 64, 256).dim == 128
+    plain, found = (step_time(one, trainer, cluster, FLOPS_ONLY) for one in (step, kept))
+    assert plain.compute_s == pytest.approx(1e-14 * (net.forward.flops + net.backward.flops + 6 * 256 * 1024 * 512))
+    assert found.compute_s - plain.compute_s == pytest.approx(1e-14 * (net.forward.flops + 6 * 256 * 4096 * 512))
+    ring = 0.8e9 * 450
+    assert plain.gather_s == pytest.approx(2 * 30e-6 + 3 / 4 * 1024 * (512 * 2 + 4) / ring)
+    assert found.gather_s == pytest.approx(2 * 30e-6 + 3 / 4 * 1024 * 512 * 6 / ring)
+    less, held = (memory(one, trainer, cluster, 2.0).loss for one in (step, kept))
+    assert (less, held - less) == (1024 * 512 * 6, 4096 * 512 * 6)
+    alone = Measured(
+        model=step.model, size=64, batch=128, precision="bf16", seconds=1.0, device="", kind="", mode="", held_out=False
+    )
+    assert alone.work().flops == net.forward.flops + net.backward.flops + 6 * 256 * 256 * 512
 
 
 def test_memory_by_hand() -> None:

@@ -110,9 +110,16 @@ def test_what_tells_the_versions_apart(
     assert made.finetune.optim.weight_decay == 0.0 and made.data.label_fraction == 0.01
 
 
+@pytest.mark.parametrize("name", ["v1-paper", "v2-paper", "v2-nomemory", "google-readme", "imagenet_r152_3x_sk"])
+def test_published_distillation_leaves_the_temperature_to_the_networks(name: str) -> None:
+    """.1 into the same network, 1 into another: a number here would hold for both."""
+    assert recipe(name).distill.temperature is None
+
+
 def test_the_largest_network_is_that_of_the_paper() -> None:
-    """All else is v2-nomemory's; blocks are computed again for its memory."""
-    large, small = recipe("imagenet_r152_3x_sk"), recipe("v2-nomemory")
+    """All else is v2-paper's; blocks are computed again for the GPU's memory."""
+    large, small = recipe("imagenet_r152_3x_sk"), recipe("v2-paper")
+    assert (large.pretrain.memory, large.pretrain.momentum) == (65_536, 0.999)
     assert (large.model.arch, large.model.width, large.model.selective_kernels) == ("resnet152", 3.0, True)
     assert large.trainer == replace(small.trainer, checkpoint_activations=True)
     assert large.distill == replace(small.distill, student=replace(large.model, head_layers=0))

@@ -15,7 +15,7 @@ from PIL import Image
 from fastsimclr import stages
 from fastsimclr.cli import main
 from fastsimclr.loaders import DataError
-from fastsimclr.recipe import EvaluateConfig, Recipe, parse_recipe
+from fastsimclr.recipe import EvaluateConfig, Recipe, changes, dump_recipe, parse_recipe
 from fastsimclr.stages import protocols
 
 QUICK = ("--device", "cpu", "--smoke", "--trainer.precision", "fp32", "--model.arch", "resnet18")
@@ -79,6 +79,9 @@ def test_what_is_done_is_not_measured_again(
     assert after["protocols"][1:] == before["protocols"][1:]
     assert after["protocols"][0]["top1"] == before["protocols"][0]["top1"]
     monkeypatch.setattr(protocols, "evaluate_knn", never)
+    one = replace(recipe, evaluate=EvaluateConfig(protocols=("linear",)))
+    stages.evaluate(one, pretrained, evaluated, True)
+    assert evaluation(evaluated)["protocols"] == after["protocols"]  # the others stay
     capsys.readouterr()
     done("evaluate", "--from", pretrained, "--resume", "auto")
     table = capsys.readouterr().out.splitlines()
@@ -99,6 +102,23 @@ def test_a_folder_of_something_else_is_refused(evaluated: Path, pretrained: Path
     refused(pretrained, evaluated, r"knn was begun with other settings \(knn.k: 20 -> 5\)", recipe=other)
     (tmp_path / "mine.txt").write_text("")
     refused(pretrained, tmp_path, f"{tmp_path} is not empty and holds no evaluation")
+
+
+def test_what_makes_it_another_recipe() -> None:
+    recipe = Recipe()
+    other = replace(recipe, knn=replace(recipe.knn, k=5))
+    assert changes(dump_recipe(recipe), recipe) == changes("seed: 0", recipe) == []
+    # Keys that an earlier version did not write have had their defaults.
+    assert changes(dump_recipe(recipe), other) == changes("seed: 0", other) == ["knn.k: 200 -> 5"]
+    assert changes("seed: 3", other) == ["seed: 3 -> 0", "knn.k: 200 -> 5"]
+    here = {"threads": 3, "loader": "native", "cache": "kept", "cache_gib": 1.0, "resident_gib": 2.0}
+    trainer = replace(recipe.trainer, log_every_steps=7)
+    elsewhere = replace(recipe, device="cpu", data=replace(recipe.data, **here), trainer=trainer)
+    assert dump_recipe(elsewhere) != dump_recipe(recipe) and changes(dump_recipe(recipe), elsewhere) == []
+    moved = replace(elsewhere, data=replace(elsewhere.data, val_seed=1))
+    assert changes(dump_recipe(recipe), moved) == ["data.val_seed: 0 -> 1"]
+    with pytest.raises(ValueError, match="the recipe is refused"):
+        changes("no_key: 1", recipe)
 
 
 def recipes(pretrained: Path, **settings: Any) -> dict[str, Recipe]:

@@ -18,7 +18,7 @@ from fastsimclr.ranks import Ranks
 from fastsimclr.recipe import Recipe, parse_recipe
 from fastsimclr.runtime import Runtime
 from fastsimclr.stages import Setting
-from fastsimclr.trainer import TrainerConfig
+from fastsimclr.trainer_config import TrainerConfig
 
 DIGITS = Recipe(device="cpu", data=DataConfig(labels_per_class=2, label_seed=3), views=Policy(size=8))
 

@@ -8,6 +8,7 @@ import functools
 import gc
 import math
 import resource
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from fastsimclr.objectives import Contrastive
 from fastsimclr.optim import OptimConfig
 from fastsimclr.recipe import PretrainConfig
 from fastsimclr.runtime import Runtime
-from fastsimclr.trainer import Job, TrainerConfig
+from fastsimclr.trainer import Job
+from fastsimclr.trainer_config import TrainerConfig
+from tests.test_memory import memory_job
 from tests.test_trainer import BATCH, TOTAL, At, different, final, fit, job
 
 
@@ -125,31 +128,40 @@ def test_settings_that_do_not_fit(tmp_path: Path) -> None:
             PretrainConfig(sizes=sizes)
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "supervised"])
+def made(run: Path, kind: str) -> Job:
+    """The tiny job of a kind; memory: pretraining with a queue that wraps."""
+    return memory_job(run) if kind == "memory" else job(run, kind=kind)
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "supervised", "memory"])
 def test_checkpointed_activations_change_no_bit(tmp_path: Path, kind: str) -> None:
-    """Weights, momentum and BN's running statistics after nine steps."""
-    fit(job(tmp_path / "kept", kind=kind))
-    again = job(tmp_path / "again", kind=kind)
+    """Weights, momentum and BN's running statistics after nine steps; queue and momentum copy."""
+    fit(made(tmp_path / "kept", kind))
+    again = made(tmp_path / "again", kind)
     seen = blocks_run(again)
     fit(again, checkpoint_activations=True)
-    assert len(seen) == 2 * TOTAL, "each block runs once forward, and once more going back"
+    copied = seen.pop("momentum_network.encoder", None)
+    assert copied == (TOTAL if kind == "memory" else None), "the copy has no way back"
+    assert list(seen.values()) == [2 * TOTAL], "each block runs once forward, and once more going back"
     for key in ("objective", "optimizer"):
         assert different(final(tmp_path / "again")[key], final(tmp_path / "kept")[key], key) == []
 
 
-def blocks_run(given: Job) -> list[int]:
-    seen: list[int] = []
-    (encoder,) = (module for module in given.objective.modules() if isinstance(module, ResNet))
-    encoder.layer2[0].register_forward_pre_hook(lambda *_: seen.append(1))
+def blocks_run(given: Job) -> Counter[str]:
+    """How often a block runs, by encoder."""
+    seen: Counter[str] = Counter()
+    for name, module in given.objective.named_modules():
+        if isinstance(module, ResNet):
+            module.layer2[0].register_forward_pre_hook(lambda *_, name=name: seen.update([name]))
     return seen
 
 
-def test_a_compiled_encoder_trains_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_encoder_and_its_momentum_copy_train_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a small rate, as training amplifies rounding; traced and split as always, without a minute of C++."""
     monkeypatch.setattr(ResNet, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     optim = OptimConfig(lr=0.05, warmup_epochs=0)
-    plain = fit(job(tmp_path / "plain", optim=optim))
-    compiled = fit(job(tmp_path / "compiled", optim=optim), compile=True)
+    plain = fit(memory_job(tmp_path / "plain", optim=optim))
+    compiled = fit(memory_job(tmp_path / "compiled", optim=optim), compile=True)
     assert compiled.last["loss"] == pytest.approx(plain.last["loss"], rel=1e-4)
     for key, value in final(tmp_path / "plain")["objective"].items():
         torch.testing.assert_close(final(tmp_path / "compiled")["objective"][key], value, rtol=1e-3, atol=1e-4)

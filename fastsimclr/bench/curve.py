@@ -22,7 +22,8 @@ from fastsimclr.objectives import Contrastive
 from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
 from fastsimclr.runlog import aligned
 from fastsimclr.runtime import Runtime, choose_runtime
-from fastsimclr.trainer import Trainer, TrainerConfig
+from fastsimclr.trainer import Trainer
+from fastsimclr.trainer_config import TrainerConfig
 
 WINDOW = 20  # steps whose mean is one point of a curve
 

@@ -21,7 +21,8 @@ from fastsimclr.objectives import Contrastive
 from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
 from fastsimclr.runlog import RunLog
 from fastsimclr.runtime import Runtime, choose_runtime
-from fastsimclr.trainer import Job, Trainer, TrainerConfig
+from fastsimclr.trainer import Job, Trainer
+from fastsimclr.trainer_config import TrainerConfig
 
 Point = tuple[Arch, float, int, int]
 """Encoder, width, side of the views in pixels, images a step."""

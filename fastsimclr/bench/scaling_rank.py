@@ -36,7 +36,8 @@ from fastsimclr.objectives import Outcome
 from fastsimclr.parallel import Step
 from fastsimclr.ranks import Ranks
 from fastsimclr.runtime import choose_runtime
-from fastsimclr.trainer import Trainer, TrainerConfig
+from fastsimclr.trainer import Trainer
+from fastsimclr.trainer_config import TrainerConfig
 
 ERROR = "error: "
 ALL, UNAVERAGED, NONE = "all", "without averaging gradients", "none"

@@ -28,7 +28,8 @@ from fastsimclr.optim import Schedule
 from fastsimclr.parallel import Step
 from fastsimclr.runlog import RunLog
 from fastsimclr.runtime import Runtime
-from fastsimclr.trainer import Job, Trainer, TrainerConfig
+from fastsimclr.trainer import Job, Trainer
+from fastsimclr.trainer_config import TrainerConfig
 
 READY = 4  # batches of ready-made views or images that a part of the work goes around
 _PREPARING: dict[Mode, int] = {"eager": 0, "compile": 2, "graph": WARM_UP + 1}  # steps; the last captures the graph

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fastsimclr.loaders import DataError
+from fastsimclr.runlog import logger
 
 EDGE_PX = 1.0  # COCO's own boxes end up to a pixel outside of their images
+EMPTY_PX = 0.005  # some of them have no height; their numbers have two decimals
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ def read_coco(path: Path, folder: Path) -> Annotations:
     """Read annotations of the images in `folder`. Opens no image.
 
     DataError, with the first entries that break the rule, for a file that is no such JSON, images that are missing or
-    listed twice, boxes without area or outside of their image, unknown images and categories.
+    listed twice, boxes that reach out of their image, unknown images and categories. Boxes without area inside of their
+    image are left out, and their number logged.
     """
     try:
         content = json.loads(path.read_text())
@@ -59,11 +62,14 @@ def read_coco(path: Path, folder: Path) -> Annotations:
     _refuse(path, f"images are not in {folder}; give their folder", _missing(names.values(), folder))
     _refuse(path, "annotations name no image of the file; repair them", (b for b in boxes if b[0] not in images))
     _refuse(path, "annotations name no category of the file; repair them", (b for b in boxes if b[1] not in categories))
-    wrong = "boxes are empty or reach out of their image; repair them ([x, y, width, height] in pixels)"
+    wrong = "boxes reach out of their image; repair them ([x, y, width, height] in pixels)"
     _refuse(path, wrong, (f"{names[b[0]]} {b[2]}" for b in boxes if not _fits(b[2], *sizes[b[0]])))
     of_image: dict[int, list[Any]] = {key: [] for key in images}
     for entry in boxes:
-        of_image[entry[0]].append(entry)
+        if _has_area(entry[2], *sizes[entry[0]]):
+            of_image[entry[0]].append(entry)
+    if empty := len(boxes) - sum(map(len, of_image.values())):
+        logger.warning("%s: %d of %d boxes have no area in their image and are left out", path, empty, len(boxes))
     return Annotations(
         [
             Boxes(
@@ -87,8 +93,13 @@ def _box(entry: dict[str, Any]) -> tuple[int, int, list[float], bool]:
 
 def _fits(box: Sequence[float], width: int, height: int) -> bool:
     x, y, w, h = box
-    inside = x >= -EDGE_PX and y >= -EDGE_PX and x + w <= width + EDGE_PX and y + h <= height + EDGE_PX
-    return w > 0 and h > 0 and inside
+    return x >= -EDGE_PX and y >= -EDGE_PX and x + w <= width + EDGE_PX and y + h <= height + EDGE_PX
+
+
+def _has_area(box: Sequence[float], width: int, height: int) -> bool:
+    x, y, w, h = box
+    across, down = min(width, x + w) - max(0, x), min(height, y + h) - max(0, y)
+    return across >= EMPTY_PX and down >= EMPTY_PX
 
 
 def _missing(names: Iterator[str] | Any, folder: Path) -> Iterator[str]:

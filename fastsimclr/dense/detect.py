@@ -38,6 +38,11 @@ class DetectConfig(FitConfig):
     warmup_steps: int = 1000
     """Steps in which the learning rate rises to its highest; at most a tenth of all."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.val_images and not self.val_annotations:
+            raise ValueError(f"--val_images={self.val_images} needs --val_annotations; give both or neither")
+
 
 class _Detection:
     def __init__(self, config: DetectConfig) -> None:

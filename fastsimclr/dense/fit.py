@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -13,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from fastsimclr import checkpoint
 from fastsimclr.dense.networks import Init, Norm
@@ -40,7 +42,8 @@ class FitConfig:
     out: str
     """Folder for checkpoint.pt and result.json."""
     init: Init = "run"
-    """run: the run's weights. random: the same architecture from scratch, the baseline to compare with."""
+    """run: the run's weights. random: the same architecture from scratch, the baseline to compare with; give both the
+    same --norm then."""
     norm: Norm = "auto"
     """BatchNorm of the encoder. frozen: statistics, scale and shift stay. batch: trained. auto: frozen with --init run,
     batch with --init random, whose statistics mean nothing."""
@@ -61,14 +64,14 @@ class FitConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     workers: int = 2
-    """Processes that read images; 0: none beside the main one."""
+    """Threads that read images."""
     checkpoint_steps: int = 500
     """Steps from one checkpoint to the next."""
     resume: Literal["never", "auto"] = "never"
     """auto: go on from the checkpoint in --out, if there is one."""
 
     def __post_init__(self) -> None:
-        for key, least in (("epochs", 1), ("batch", 1), ("checkpoint_steps", 1), ("workers", 0)):
+        for key, least in (("epochs", 1), ("batch", 1), ("checkpoint_steps", 1), ("workers", 1)):
             if getattr(self, key) < least:
                 raise ValueError(f"--{key}={getattr(self, key)} must be {least} or more")
         if not 0 < self.val_fraction < 1:
@@ -107,11 +110,14 @@ class Task(Protocol):
 def fit(name: str, task: Task, config: FitConfig) -> dict[str, Any]:
     """Train `task`, write out/result.json and return it. Stopped after a signal: the checkpoint is then of that step.
 
-    ValueError for a checkpoint that is there and not asked for, or that was made with other settings; ArithmeticError
-    where the loss is no number.
+    FileExistsError for a checkpoint that is there and not asked for, and where config.out is the folder of another
+    command; ValueError for a checkpoint that was made with other settings; ArithmeticError where the loss is no number.
     """
     started = time.monotonic()
     out = Path(config.out)
+    others = [name for name in ("recipe.yaml", "checkpoints", "result.json") if (out / name).exists()]
+    if others and not (out / "checkpoint.pt").exists():
+        raise FileExistsError(f"{out} holds {others[0]}, but no checkpoint.pt to go on from; give another --out")
     out.mkdir(parents=True, exist_ok=True)
     runtime = choose_runtime(config.device, "fp32", False)
     network = task.network.to(runtime.device).train()
@@ -124,7 +130,8 @@ def fit(name: str, task: Task, config: FitConfig) -> dict[str, Any]:
     if config.batch > len(task.train):
         raise ValueError(f"--batch={config.batch}, but there are {len(task.train)} training images; use fewer")
     total = config.epochs * (len(task.train) // config.batch)
-    first = _resume(out, config, network, optimizer)
+    first, seconds, last = _resume(out, config, network, optimizer)
+    started -= seconds
     losses: list[Tensor] = []
     with StopFlag() as stop:
         for step, items in enumerate(_batches(task, config, first, total), first):
@@ -140,9 +147,10 @@ def fit(name: str, task: Task, config: FitConfig) -> dict[str, Any]:
             done = step + 1
             stopped = stop.signum is not None and done < total
             if done % LOG_EVERY_STEPS == 0 or done % config.checkpoint_steps == 0 or done == total or stopped:
-                _report(losses, done, total)
+                last = _report(losses, done, total)
             if done % config.checkpoint_steps == 0 or done == total or stopped:
-                _save(out, config, done, network, optimizer)
+                progress = {"step": done, "seconds": time.monotonic() - started, "loss": last}
+                _save(out, config, progress, network, optimizer)
             if stopped:
                 assert stop.signum is not None
                 raise Stopped(stop.signum, f"stopped: {out / 'checkpoint.pt'} is of step {done} of {total}")
@@ -150,7 +158,7 @@ def fit(name: str, task: Task, config: FitConfig) -> dict[str, Any]:
     result = {
         "stage": name,
         "metrics": metrics,
-        "training": {"steps": total, "loss": losses[-1].item() if losses else None},
+        "training": {"steps": total, "loss": last},
         "seconds": round(time.monotonic() - started, 2),
         "data": task.facts(),
         "settings": asdict(config),
@@ -181,29 +189,32 @@ def split(everything: Sequence[T], fraction: float, seed: int) -> tuple[list[T],
     )
 
 
-class _Items(Dataset[Item]):
-    def __init__(self, task: Task, seed: int) -> None:
-        self.task, self.seed = task, seed
-
-    def __getitem__(self, key: tuple[int, int]) -> Item:
-        step, index = key
-        return self.task.item(index, torch.Generator().manual_seed(_mixed(self.seed, step, index)))
-
-
 def _batches(task: Task, config: FitConfig, first: int, total: int) -> Iterator[list[Item]]:
+    """The batches of steps `first` to `total`, read ahead by threads: decoding lets go of Python's lock."""
     each = len(task.train) // config.batch
+    ahead = 1 + -(-config.workers // config.batch)
 
-    def batches() -> Iterator[list[tuple[int, int]]]:
-        order: list[int] = []
-        for step in range(first, total):
-            epoch, position = divmod(step, each)
-            if not order or position == 0:
-                generator = torch.Generator().manual_seed(_mixed(config.seed, epoch))
-                order = torch.randperm(len(task.train), generator=generator).tolist()
-            yield [(step, index) for index in order[position * config.batch :][: config.batch]]
+    @lru_cache(maxsize=1)
+    def order(epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(_mixed(config.seed, epoch))
+        indices: list[int] = torch.randperm(len(task.train), generator=generator).tolist()
+        return indices
 
-    items = _Items(task, config.seed)
-    yield from DataLoader(items, batch_sampler=batches(), num_workers=config.workers, collate_fn=list)
+    def item(step: int, index: int) -> Item:
+        return task.item(index, torch.Generator().manual_seed(_mixed(config.seed, step, index)))
+
+    pool = ThreadPoolExecutor(config.workers)
+    waiting: deque[list[Future[Item]]] = deque()
+    try:
+        for step in range(first, total + ahead):
+            if step < total:
+                epoch, position = divmod(step, each)
+                chosen = order(epoch)[position * config.batch :][: config.batch]
+                waiting.append([pool.submit(item, step, index) for index in chosen])
+            if step >= first + ahead:
+                yield [read.result() for read in waiting.popleft()]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _mixed(*numbers: int) -> int:
@@ -216,13 +227,14 @@ def _moved(target: Any, device: torch.device) -> Any:
     return target.to(device)
 
 
-def _report(losses: list[Tensor], done: int, total: int) -> None:
-    """Log the mean loss since the last report, and keep the last alone."""
+def _report(losses: list[Tensor], done: int, total: int) -> float:
+    """Log the mean of the losses since the last report, forget them, and return the last one."""
     values = torch.stack(losses)
     if not bool(values.isfinite().all()):
         raise ArithmeticError(f"the loss is no finite number at or before step {done}; use a lower --lr")
     logger.info("step %d of %d: loss %.4f", done, total, values.mean().item())
-    losses[:] = losses[-1:]
+    losses.clear()
+    return values[-1].item()
 
 
 def _torchvision() -> str:
@@ -238,21 +250,27 @@ def _kept(config: FitConfig) -> dict[str, Any]:
     return {key: value for key, value in asdict(config).items() if key not in _FREE}
 
 
-def _save(out: Path, config: FitConfig, step: int, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    state = {"step": step, "settings": _kept(config), "network": network.state_dict()}
+def _save(
+    out: Path, config: FitConfig, progress: dict[str, Any], network: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """progress: the steps done, the seconds they took and the last loss."""
+    state = progress | {"settings": _kept(config), "network": network.state_dict()}
     with whole_file(out / "checkpoint.pt") as file:
         torch.save(state | {"optimizer": optimizer.state_dict()}, file)
 
 
-def _resume(out: Path, config: FitConfig, network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _resume(
+    out: Path, config: FitConfig, network: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, float, float | None]:
+    """Steps done, seconds they took, and the last loss."""
     path = out / "checkpoint.pt"
     if not path.is_file():
-        return 0
+        return 0, 0.0, None
     if config.resume == "never":
         raise FileExistsError(f"{path} exists; give --resume auto to go on, or another --out")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        made, step = state["settings"], state["step"]
+        made, step, seconds, loss = (state[key] for key in ("settings", "step", "seconds", "loss"))
     except Exception as error:  # damaged bytes can raise anything
         raise checkpoint.CheckpointError(f"{path} cannot be read ({error}); delete it to begin anew") from error
     now = _kept(config)
@@ -261,4 +279,4 @@ def _resume(out: Path, config: FitConfig, network: nn.Module, optimizer: torch.o
     network.load_state_dict(state["network"])
     optimizer.load_state_dict(state["optimizer"])
     logger.info("going on from step %d", step)
-    return int(step)
+    return step, seconds, loss

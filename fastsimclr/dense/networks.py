@@ -22,13 +22,18 @@ from fastsimclr.models import ResNet
 
 Init = Literal["run", "random"]
 Norm = Literal["auto", "frozen", "batch"]
+_REMEDY = (
+    "pretrain an encoder with --model.arch resnet18 to resnet152, --model.stem imagenet, --model.width 1,"
+    " --model.selective_kernels false, --model.maxpool torch and --model.project_first false"
+)
 
 
 class Body:
     """The encoder of run folder or checkpoint `run` as torchvision's ResNet, and how images enter it.
 
     init: random keeps the architecture and starts its weights anew, for a baseline. norm: frozen keeps statistics and
-    affine parameters as they are (FrozenBatchNorm2d), batch trains them; auto: frozen with init run, batch with random.
+    affine parameters as they are (FrozenBatchNorm2d), batch trains them; auto: frozen with init run, batch with random;
+    to compare the two, give both the same.
     mean, std: of the run's own views. ValueError where torchvision has no such ResNet, with every reason.
     """
 
@@ -36,7 +41,7 @@ class Body:
         origin = open_run(run, "cpu", None)
         encoder, card = origin.part("encoder")
         assert isinstance(encoder, ResNet)
-        state = torchvision_state(encoder, card, str(run))
+        state = torchvision_state(encoder, card, str(run), remedy=_REMEDY)
         self.arch, self.basic = card.config.arch, card.config.arch in ("resnet18", "resnet34")
         self.norm = norm if norm != "auto" else "frozen" if init == "run" else "batch"
         self.mean: list[float] = card.preprocessing["mean"] or [0.0] * 3

@@ -36,9 +36,10 @@ class SegmentConfig(FitConfig):
     held out."""
     classes: int = 0
     """Number of classes, the background's among them; 0: one more than the highest index in the masks."""
+    base: int = 520
+    """Shorter side to which images are brought: in validation this, in training .5 to 2 times as much."""
     size: int = 480
-    """Side of the training crops, cut from images whose shorter side is .5 to 2 times as long; in validation the
-    shorter side has this length."""
+    """Side of the training crops."""
     epochs: int = 30
     """Passes over the training images."""
     lr: float = 0.01
@@ -53,7 +54,7 @@ class _Segmentation:
             raise DataError(
                 f"{config.masks} holds class {highest}, --classes={config.classes}; use {highest + 1} or more"
             )
-        self.classes, self.size = config.classes or highest + 1, config.size
+        self.classes, self.base, self.size = config.classes or highest + 1, config.base, config.size
         if self.classes < 2:
             raise DataError(
                 f"{config.masks} holds class 0 alone; masks are PNGs of class indices, 255 for what is left out"
@@ -73,7 +74,7 @@ class _Segmentation:
         """RandomResize, flip and RandomCrop as in torchvision's references; what is padded is grey and left out."""
         image_CHW, mask_HW = read_image(self.train[index][0]), _mask(self.train[index][1])
         first, flip, down, right = torch.rand(4, generator=generator).tolist()
-        side = round(self.size * (0.5 + 1.5 * first))
+        side = round(self.base * (0.5 + 1.5 * first))
         image_CHW = T.resize(image_CHW, [side], antialias=True)
         mask_HW = F.interpolate(mask_HW[None, None].float(), image_CHW.shape[1:], mode="nearest-exact")[0, 0].long()
         if flip < 0.5:
@@ -102,7 +103,7 @@ class _Segmentation:
         confusion_KK = torch.zeros(self.classes, self.classes, dtype=torch.int64)
         for pair in self.val:
             mask_HW = _mask(pair[1])
-            logits = self.network(T.resize(read_image(pair[0]), [self.size], antialias=True)[None].to(device))
+            logits = self.network(T.resize(read_image(pair[0]), [self.base], antialias=True)[None].to(device))
             found_HW = F.interpolate(logits, mask_HW.shape, mode="bilinear").argmax(1)[0].cpu()
             confusion_KK += confusion(mask_HW, found_HW, self.classes)
         return scores(confusion_KK)
@@ -150,7 +151,7 @@ def read_pairs(images: Path, masks: Path) -> list[Pair]:
 
 def _listed(pairs: Sequence[Pair], path: Path) -> tuple[list[Pair], list[Pair]]:
     try:
-        names = set(path.read_text().split())
+        names = {name for line in path.read_text().splitlines() if (name := line.strip())}
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); give a text file with one name a line") from error
     if missing := sorted(names - {mask.stem for _, mask in pairs}):

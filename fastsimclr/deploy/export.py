@@ -14,6 +14,7 @@ from fastsimclr.deploy.graph import write_onnx
 from fastsimclr.deploy.origin import open_run
 from fastsimclr.deploy.weights import torchvision_state, write_safetensors
 from fastsimclr.models import count_parameters
+from fastsimclr.stages.networks import digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ def export(config: ExportConfig) -> dict[str, object]:
             case "timm":
                 loads["load"] = timm_format.write(network, card, config.run, out, paths)
             case "huggingface":
-                loads["load"] = huggingface.write(network, card, run, out, paths)
+                loads["load"] = huggingface.write(network, card, run, digest(origin.network), out, paths)
     classes = {"classes": len(card.classes)} if card.classes else {}
     return {
         "part": f"{card.part} of {card.config.arch}, {count_parameters(network):,} parameters",

@@ -15,7 +15,7 @@ from fastsimclr.checkpoint import sync_folder
 def whole(*paths: Path, overwrite: bool, read: Path) -> Iterator[tuple[Path, ...]]:
     """FILE.part for each of `paths`, to be written in the block and renamed at its end; after an error none is left.
 
-    read: what the content is made from, never replaced. Makes the folder.
+    read: what the content is made from, never replaced. Makes the folder; after an error it is not left empty.
     Raises FileExistsError for a path that exists, unless overwrite.
     """
     for path in paths:
@@ -25,8 +25,9 @@ def whole(*paths: Path, overwrite: bool, read: Path) -> Iterator[tuple[Path, ...
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists; give another --out, or --overwrite")
     parts = tuple(path.with_name(path.name + ".part") for path in paths)
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    made = [path.parent for path in paths if not path.parent.exists()]
+    for folder in made:
+        folder.mkdir(parents=True, exist_ok=True)
     try:
         yield parts
         for part in parts:
@@ -38,6 +39,9 @@ def whole(*paths: Path, overwrite: bool, read: Path) -> Iterator[tuple[Path, ...
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 def need(what: str, extra: str, *packages: str) -> None:

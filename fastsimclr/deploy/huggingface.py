@@ -25,9 +25,12 @@ from fastsimclr.models.resnet import DEPTHS
 FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md")
 
 
-def write(network: ClassifierNet | ResNet, card: Card, run: Path, out: Path, paths: Sequence[Path]) -> str:
+def write(
+    network: ClassifierNet | ResNet, card: Card, run: Path, weights: str, out: Path, paths: Sequence[Path]
+) -> str:
     """Write FILES of the folder `out` to `paths`, from run folder or checkpoint `run`; returns the line that loads it.
 
+    weights: the digest of the run's whole network, by which its evaluation is known.
     ValueError where safetensors is not installed.
     """
     need("--format huggingface", "export", "safetensors")
@@ -44,7 +47,7 @@ def write(network: ClassifierNet | ResNet, card: Card, run: Path, out: Path, pat
     paths[0].write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     paths[1].write_bytes(save(state, {"format": "pt"}))
     paths[2].write_text(json.dumps(_processor(card.preprocessing), indent=2) + "\n")
-    paths[3].write_text(model_card(card, sum(p.numel() for p in network.parameters()), run, reasons))
+    paths[3].write_text(model_card(card, sum(p.numel() for p in network.parameters()), run, weights, reasons))
     kind = "AutoModelForImageClassification" if card.part == "classifier" else "AutoModel"
     return f'fastsimclr.deploy.load_pretrained("{out}")' if reasons else f'{kind}.from_pretrained("{out}")'
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from fastsimclr.deploy.card import Card
+from fastsimclr.deploy.origin import result_of
 from fastsimclr.stages import recipe_path
 
 _TRAINING = {
@@ -25,17 +26,15 @@ _PAPERS = (
 )
 
 
-def model_card(card: Card, parameters: int, run: Path, reasons: Sequence[str]) -> str:
+def model_card(card: Card, parameters: int, run: Path, weights: str, reasons: Sequence[str]) -> str:
     """Markdown with Hugging Face's front matter. reasons: why `transformers` cannot load it; empty where it can.
 
     Facts come from the card and from the recipe, result.json and evaluation.json of the run; of files that are not
-    there nothing is said. Folders of the recipe are cut to their last part.
+    there, or of other weights than those exported, nothing is said. Folders of the recipe are cut to their last part.
+    weights: the digest of the run's network.
     """
-    folder = run.parent.parent if run.is_file() else run
     recipe = _without_folders(yaml.safe_load(recipe_path(run).read_text()))
-    result = _json(folder / "result.json")
-    evaluated = folder.with_name(f"{folder.name}-evaluate")  # where `fastsimclr evaluate` writes by default
-    evaluation = _json(folder / "evaluation.json") or _json(evaluated / "evaluation.json")
+    result = result_of(run)
     classifier = card.part == "classifier"
     what = f"A classifier of {len(card.classes)} classes" if classifier else "An encoder of images, without classifier"
     lines = [
@@ -58,7 +57,8 @@ def model_card(card: Card, parameters: int, run: Path, reasons: Sequence[str]) -
         *([] if reasons or not card.preprocessing["centre_fraction"] else [_RESIZED_FIRST]),
         "",
         *_data(result),
-        *_metrics(result, evaluation),
+        *_metrics(result),
+        *_evaluation(run, weights),
         "## Limits",
         "",
         "- The metrics are those of this run on its own validation images; on other images they may be lower.",
@@ -132,21 +132,31 @@ def _data(result: Mapping[str, Any]) -> list[str]:
     return ["## Data", "", f"`{Path(str(data.get('source', '?'))).name}`: {', '.join(known)}.{labels}{took}", ""]
 
 
-def _metrics(result: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]:
-    lines: list[str] = []
-    if metrics := result.get("metrics"):
-        lines += ["## Metrics", "", "| metric | on the run's validation images |", "|---|---|"]
-        lines += [f"| {name} | {value:.4f} |" for name, value in metrics.items()] + [""]
-    for name, rows in evaluation.items():
-        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
-            keys = [key for key, value in rows[0].items() if not isinstance(value, dict | list)]
-            lines += [f"## Evaluation: {name}", "", f"| {' | '.join(keys)} |", "|---" * len(keys) + "|"]
-            lines += [f"| {' | '.join(_cell(row.get(key)) for key in keys)} |" for row in rows] + [""]
-    return lines
+def _metrics(result: Mapping[str, Any]) -> list[str]:
+    if not (metrics := result.get("metrics")):
+        return []
+    lines = ["## Metrics", "", "| metric | on the run's validation images |", "|---|---|"]
+    return lines + [f"| {name} | {value:.4f} |" for name, value in metrics.items()] + [""]
 
 
-def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+def _evaluation(run: Path, weights: str) -> list[str]:
+    """The rows of `fastsimclr evaluate`, from the run folder or where that writes by default; none of other weights."""
+    folder = run.resolve().parent.parent if run.is_file() else run.resolve()
+    for place in (folder, folder.with_name(f"{folder.name}-evaluate")):
+        path = place / "evaluation.json"
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        if found.get("protocols") and found["network"]["weights"] == weights:
+            head = ["| protocol | labels | top1 | top5 | ece | published top1 |", "|---|---|---|---|---|---|"]
+            return ["## Evaluation", "", *head, *map(_row, found["protocols"]), ""]
+    return []
+
+
+def _row(row: Mapping[str, Any]) -> str:
+    known = row["published"]
+    labels = "-" if row["labels"] is None else f"{row['labels']:,}"
+    shares = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("top1", "top5", "ece")]
+    published = f"{known['top1']:.4f} ({known['what']}, {known['source']})" if known else "-"
+    return f"| {' | '.join([row['protocol'], labels, *shares, published])} |"
 
 
 def _shown(classes: Sequence[str], most: int = 20) -> str:
@@ -161,8 +171,3 @@ def _without_folders(recipe: Any) -> Any:
     if isinstance(recipe, list):
         return [_without_folders(value) for value in recipe]
     return recipe.rstrip("/").rpartition("/")[2] if isinstance(recipe, str) else recipe
-
-
-def _json(path: Path) -> dict[str, Any]:
-    value = json.loads(path.read_text()) if path.is_file() else {}
-    return value if isinstance(value, dict) else {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import fastsimclr
+from fastsimclr import checkpoint
 from fastsimclr.deploy.card import Card, Part, preprocessing
 from fastsimclr.loaders import Policy
 from fastsimclr.models import ClassifierNet, ModelConfig, ResNet, SimCLRNet
@@ -71,7 +72,6 @@ def open_run(run: Path, device: str, precision: Precision | None) -> Origin:
     Raises CheckpointError where `run` is no such thing, ValueError for a device that is not there.
     """
     recipe = parse_recipe(recipe_path(run).read_text())
-    result = (run.parent.parent if run.is_file() else run) / "result.json"
     network, stage, facts = load_trained(run)
     trainer = replace(recipe.trainer, precision=precision or recipe.trainer.precision)
     setting = Setting(replace(recipe, device=device, trainer=trainer))
@@ -84,5 +84,15 @@ def open_run(run: Path, device: str, precision: Precision | None) -> Origin:
         runtime=setting.runtime,
         max_bad_fraction=recipe.data.max_bad_fraction,
         max_pixels=recipe.data.max_pixels,
-        metrics=json.loads(result.read_text())["metrics"] if result.is_file() else {},
+        metrics=result_of(run).get("metrics", {}),
     )
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    """The result.json of a run folder or its newest checkpoint; {} where there is none, as of earlier ones."""
+    folder = run.resolve().parent.parent if run.is_file() else run
+    path = folder / "result.json"
+    if not path.is_file() or (run.is_file() and checkpoint.saved(folder)[-1:] != [run.resolve()]):
+        return {}
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result

@@ -12,24 +12,26 @@ from fastsimclr.deploy.files import need
 from fastsimclr.models import ClassifierNet, ResNet, build_classifier, build_encoder, load_weights
 
 Library = Literal["torchvision", "timm", "transformers"]
+_REMEDY = "use --format huggingface, safetensors or onnx"
 
 
 def torchvision_state(
-    network: ClassifierNet | ResNet, card: Card, origin: str, library: Library = "torchvision"
+    network: ClassifierNet | ResNet,
+    card: Card,
+    origin: str,
+    library: Library = "torchvision",
+    remedy: str = _REMEDY,
 ) -> dict[str, Tensor]:
     """A state dict for the ResNet `card.config.arch` of torchvision or timm, which share their names.
 
     The encoder, and `fc` where network is a classifier. ValueError, calling the weights `origin`, with every reason why
-    the library has no such network.
+    the library has no such network, and the remedy.
     """
     encoder = network if isinstance(network, ResNet) else network.encoder
     of_body, of_head = misfits(encoder, card, library)
     if of_body or of_head:
         alone = ", or --part encoder for the encoder alone" if not of_body else ""
-        raise ValueError(
-            f"{origin} does not fit {library}: {'; '.join(of_body + of_head)};"
-            f" use --format huggingface, safetensors or onnx{alone}"
-        )
+        raise ValueError(f"{origin} does not fit {library}: {'; '.join(of_body + of_head)}; {remedy}{alone}")
     state = dict(encoder.state_dict())
     if isinstance(network, ClassifierNet):
         state |= {f"fc.{name}": value for name, value in network.classifier.state_dict().items()}

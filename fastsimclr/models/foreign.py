@@ -1,4 +1,4 @@
-"""Classifiers of timm and torchvision, by name, that see the same views as ours."""
+"""Classifiers that were made for other views: how they see ours, and those of timm and torchvision by name."""
 
 # N images, K classes, S side in pixels
 
@@ -16,35 +16,35 @@ from torch.nn import functional as F
 
 from fastsimclr.models.convert import KEYS_SHOWN, load_weights, read_state
 
-Stats = Sequence[float]
+Stats = tuple[Sequence[float], Sequence[float]]
 LIBRARIES = ("timm", "torchvision")
+_AS_PIXELS = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
 
 class ForeignNet(nn.Module):
     """Views as the student sees them, [N, 3, S, S] -> logits [N, K] of a network that wants others.
 
     A pixel v of a view means v·std + mean of `seen`, within [0, 1]. It is normalised again with the network's own mean
-    and std, and where size is given the view is resized to it, bilinear and antialiased. seen: None where views are
-    within [0, 1] as they are. order: int64 [K], which output is each class; None: they are in the classes' order.
+    and std, and where size is given the view is resized to it, bilinear and antialiased. seen, own: (mean, std); None
+    for pixels within [0, 1]. order, which may be set: int64 [K], which output is each class; None: they are in order.
     """
 
     def __init__(
         self,
         network: nn.Module,
         *,
-        seen: tuple[Stats, Stats] | None,
-        own: tuple[Stats, Stats],
+        seen: Stats | None,
+        own: Stats | None,
         size: int | None = None,
-        order: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.size = size
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in seen or ((0.0,) * 3, (1.0,) * 3))
-        own_mean, own_std = (torch.tensor(values).view(3, 1, 1) for values in own)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in seen or _AS_PIXELS)
+        own_mean, own_std = (torch.tensor(values).view(3, 1, 1) for values in own or _AS_PIXELS)
         self.register_buffer("gain", std / own_std)
         self.register_buffer("shift", (mean - own_mean) / own_std)
-        self.register_buffer("order", order)
+        self.register_buffer("order", None)
         self.order: Tensor | None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -61,16 +61,14 @@ def is_foreign(teacher: str) -> bool:
     return teacher.partition(":")[0] in LIBRARIES and ":" in teacher
 
 
-def load_foreign(
-    teacher: str, classes: Sequence[str], data: str, *, seen: tuple[Stats, Stats] | None, size: int
-) -> ForeignNet:
+def load_foreign(teacher: str, classes: Sequence[str], data: str, *, seen: Stats | None, size: int) -> ForeignNet:
     """The network LIBRARY:NAME with the library's own weights, or LIBRARY:NAME@FILE with those of a file; on the CPU.
 
     FILE: safetensors, or a state dict, which is read with weights_only. Its outputs are the classes in sorted order of
     their names, unless FILE.classes.txt beside it names them, one a line, in another. The library's own weights are
-    taken for ImageNet's classes by WordNet id or by torchvision's names only. classes: those of the data. data: what
-    errors call it. seen: (mean, std) with which views are normalised. size: their side, which is kept unless the
-    network has a fixed one.
+    taken for ImageNet-1k's classes by WordNet id or by torchvision's names only. classes: those of the data, each with
+    a name of its own, in any order, which is that of the logits. data: what errors call it. seen: (mean, std) with
+    which views are normalised. size: their side, which is kept unless the network has a fixed one.
 
     ValueError for a library or name that is not there, weights that cannot be had or read, and outputs that are not the
     data's classes.
@@ -79,20 +77,26 @@ def load_foreign(
     library, _, name = name.partition(":")
     make = _timm if library == "timm" else _torchvision
     network, own, fixed = make(teacher, name, None if file else "own", len(classes))
-    order = None
     if file:
         _load(network, Path(file), teacher, classes, data)
-        order = _listed_order(Path(f"{file}.classes.txt"), classes, data)
-    wrapped = ForeignNet(network, seen=seen, own=own, size=fixed, order=order).eval()
+    wrapped = ForeignNet(network, seen=seen, own=own, size=fixed).eval()
     outputs = _outputs(wrapped, teacher, size)
     if outputs != len(classes):
         raise ValueError(_unfit(teacher, outputs, classes, data))
-    if not file:
-        _check_imagenet(teacher, classes, data)
+    names = _names(Path(f"{file}.classes.txt"), classes, data) if file else _imagenet(teacher, classes, data)
+    if tuple(names) != tuple(classes):
+        wrapped.order = torch.tensor([names.index(name) for name in classes])
     return wrapped
 
 
-Made = tuple[nn.Module, tuple[Stats, Stats], int | None]
+def wordnet_ids(classes: Sequence[str]) -> bool:
+    """Whether they are ImageNet's thousand classes by WordNet id, in any order, as far as their two ends tell."""
+    ids = sorted(classes)
+    named = len(ids) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in ids)
+    return named and (ids[0], ids[-1]) == ("n01440764", "n15075141")
+
+
+Made = tuple[nn.Module, Stats, int | None]
 
 
 def _timm(teacher: str, name: str, weights: str | None, classes: int) -> Made:
@@ -130,8 +134,8 @@ def _torchvision(teacher: str, name: str, weights: str | None, classes: int) -> 
     except Exception as error:  # of the hub or the network
         raise ValueError(_no_weights(teacher, error)) from error
     shown = default.transforms()
-    fixed = hasattr(network, "image_size") or isinstance(network, models.MaxVit)
-    return network, (shown.mean, shown.std), shown.crop_size[0] if fixed else None
+    fixed = shown.crop_size[0] if isinstance(network, models.MaxVit) else getattr(network, "image_size", None)
+    return network, (shown.mean, shown.std), fixed
 
 
 def _heads(weights: str | None, classes: int) -> dict[str, int]:
@@ -176,9 +180,10 @@ def _read(file: Path) -> Mapping[str, Tensor]:
     return state
 
 
-def _listed_order(file: Path, classes: Sequence[str], data: str) -> Tensor | None:
+def _names(file: Path, classes: Sequence[str], data: str) -> Sequence[str]:
+    """Which class each output of a file's weights is: as `file` lists them, else in the sorted order of their names."""
     if not file.is_file():
-        return None
+        return sorted(classes)
     listed = file.read_text().splitlines()
     if sorted(listed) != sorted(classes):
         unlike = sorted(set(listed) ^ set(classes))
@@ -187,7 +192,7 @@ def _listed_order(file: Path, classes: Sequence[str], data: str) -> Tensor | Non
             f" {', '.join(unlike[:KEYS_SHOWN]) or 'how often one is named'}: it must name the data's classes, one a"
             " line, in the order of the outputs"
         )
-    return torch.tensor([listed.index(name) for name in classes])
+    return listed
 
 
 def _outputs(network: nn.Module, teacher: str, size: int) -> int:
@@ -211,13 +216,15 @@ def _unfit(teacher: str, outputs: int, classes: Sequence[str], data: str) -> str
     )
 
 
-def _check_imagenet(teacher: str, classes: Sequence[str], data: str) -> None:
-    """Nothing but the names tells in which order a thousand classes are."""
-    if all(re.fullmatch(r"n\d{8}", name) for name in classes):
-        return
+def _imagenet(teacher: str, classes: Sequence[str], data: str) -> Sequence[str]:
+    """Which class each output of a library's own weights is; nothing but the names tells."""
+    if wordnet_ids(classes):
+        return sorted(classes)
     weights: Any = import_module("torchvision.models").ResNet50_Weights
-    if list(classes) != list(weights.DEFAULT.meta["categories"]):
+    names: list[str] = weights.DEFAULT.meta["categories"]
+    if sorted(classes) != sorted(names):
         raise ValueError(
-            f"--teacher {teacher} knows ImageNet's classes in the order of their WordNet ids, {data} has"
+            f"--teacher {teacher} knows ImageNet's thousand classes in the order of their WordNet ids, {data} has"
             f" {', '.join(classes[:3])}, …; name the class folders by id, or give FILE and FILE.classes.txt"
         )
+    return names

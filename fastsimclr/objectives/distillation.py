@@ -22,7 +22,7 @@ class Distillation(Objective):
     teacher: images [N, 3, S, S] -> logits [N, K], of the same classes in the same order as the student's.
     temperature > 0 divides both logits. label_weight w in [0, 1]: (1 - w)·distillation + w·CE(labels), where images
     without a label (-1) take no part in the second term, which is the mean over the labelled images of all ranks. The
-    paper's alpha (Eq. 3) is 1 - w.
+    paper's alpha (Eq. 3) is 1 - w. ValueError where the teacher is an Ensemble of another temperature.
     """
 
     views = 1
@@ -31,6 +31,11 @@ class Distillation(Objective):
         self, student: ClassifierNet, teacher: nn.Module, *, temperature: float, label_weight: float = 0.0
     ) -> None:
         super().__init__()
+        if isinstance(teacher, Ensemble) and teacher.temperature != temperature:
+            raise ValueError(
+                f"temperature={temperature} is not the ensemble's {teacher.temperature}, at which alone its softmax is"
+                " the mean of its teachers'; give both the same"
+            )
         self.student = student
         self.teacher = teacher.requires_grad_(False)
         self.temperature = temperature

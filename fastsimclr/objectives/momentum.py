@@ -48,8 +48,10 @@ class MomentumContrast(Contrastive):
         memory: int,
         momentum: float,
     ) -> None:
-        if memory < 1 or not 0 <= momentum < 1:
-            raise ValueError(f"memory={memory} must be at least 1 and momentum={momentum} in [0, 1)")
+        if memory < 1:
+            raise ValueError(f"memory={memory} must be at least 1; use Contrastive where there is none")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum={momentum} must be 0 or more and below 1, or the copy never moves; use 0.999")
         super().__init__(network, temperature=temperature, scaling=scaling)
         self.momentum = momentum
         self.momentum_network = copy.deepcopy(network).requires_grad_(False)

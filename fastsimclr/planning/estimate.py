@@ -17,7 +17,7 @@ from fastsimclr.models import ModelConfig
 from fastsimclr.planning.hardware import Cluster
 from fastsimclr.planning.rates import Rates, lars_work, loss_work, momentum_work
 from fastsimclr.planning.work import Counted, Work, count
-from fastsimclr.trainer import TrainerConfig
+from fastsimclr.trainer_config import TrainerConfig
 
 HALF = ("bf16", "fp16")
 
@@ -142,13 +142,13 @@ def step_time(
         work += step.teacher
     gather = 0.0
     if step.layer is None:
-        work += loss_work(share, step.batch, step.model.head_dim, step.memory)
+        work += loss_work(share, step.batch, counted.dim, step.memory)
         if step.memory:
             work += momentum_work(counted)
         if world > 1:
-            embeddings = 2.0 * step.batch * (step.model.head_dim * 2 + 4)  # half a vector, and one number a row
+            embeddings = 2.0 * step.batch * (counted.dim * 2 + 4)  # half a vector, and one number a row
             if step.memory:  # keys for the loss, keys for the queue
-                embeddings = 2.0 * step.batch * step.model.head_dim * (2 + 4)
+                embeddings = 2.0 * step.batch * counted.dim * (2 + 4)
             gather = _collectives(2, cluster.all_gather_bytes(embeddings, world), world, cluster)
     gradients = 0.0
     if world > 1 and not step.frozen:
@@ -192,8 +192,8 @@ def memory(step: StepPlan, trainer: TrainerConfig, cluster: Cluster, workspace_g
     element = 2 if step.precision in HALF else 4
     kept = counted.kept_bytes if trainer.checkpoint_activations else counted.saved_bytes
     rows = step.views * micro * passes
-    gathered = step.views * step.batch * step.model.head_dim * (element + 4) if step.layer is None else 0
-    queue = step.memory * step.model.head_dim * (4 + element)
+    gathered = step.views * step.batch * counted.dim * (element + 4) if step.layer is None else 0
+    queue = step.memory * counted.dim * (4 + element)
     return Memory(
         weights=4.0 * counted.parameters * (2 if step.memory else 1),
         momentum=4.0 * counted.parameters,

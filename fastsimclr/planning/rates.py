@@ -72,12 +72,12 @@ class Measured:
     def work(self) -> Work:
         """Of one step, two views an image."""
         counted = count(self.model, size=self.size, views=2 * self.batch, precision=self.precision, stem_size=self.size)
-        return step_work(counted, self.model, self.batch, self.batch)
+        return step_work(counted, self.batch, self.batch)
 
 
-def step_work(counted: Counted, model: ModelConfig, images: int, all_images: int) -> Work:
+def step_work(counted: Counted, images: int, all_images: int) -> Work:
     """A contrastive step of a rank's `images` of `all_images`: network, NT-Xent on local rows, LARS."""
-    return counted.forward + counted.backward + loss_work(images, all_images, model.head_dim) + lars_work(counted)
+    return counted.forward + counted.backward + loss_work(images, all_images, counted.dim) + lars_work(counted)
 
 
 def loss_work(images: int, all_images: int, dim: int, memory: int = 0) -> Work:

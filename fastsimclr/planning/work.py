@@ -46,7 +46,7 @@ class Counted:
 
     saved_bytes: what the forward pass keeps for the backward pass, parameters apart. kept_bytes: the same where the
     residual blocks are computed again: what enters each, and the largest block. largest_bytes: of what is kept, the
-    largest map. norms, channels: BN layers and their channels, of encoder and head.
+    largest map. norms, channels: BN layers and their channels, of encoder and head. dim: features that come out.
     """
 
     forward: Work
@@ -57,6 +57,7 @@ class Counted:
     largest_bytes: int
     norms: int
     channels: int
+    dim: int
 
 
 @lru_cache(maxsize=256)
@@ -89,6 +90,7 @@ def count(
         largest_bytes=keeping.largest,
         norms=norms,
         channels=channels,
+        dim=last.shape[1],
     )
 
 

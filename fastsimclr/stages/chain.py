@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsimclr import checkpoint
-from fastsimclr.recipe import Recipe, dump_recipe, parse_recipe
+from fastsimclr.recipe import Recipe, changes, dump_recipe
 from fastsimclr.runlog import logger
 from fastsimclr.stages.classifiers import finetune, supervised
 from fastsimclr.stages.distillation import distill
@@ -81,19 +81,15 @@ def _done(out: Path, stages: Sequence[str]) -> Results:
 
 
 def _claim(recipe: Recipe, out: Path) -> None:
-    path, text = out / "recipe.yaml", dump_recipe(recipe)
+    path = out / "recipe.yaml"
     begun = any((out / stage / "recipe.yaml").is_file() for stage in STAGES)
-    changes = checkpoint.differences(path.read_text(), text) if begun and path.is_file() else []
-    if changes:  # an earlier version lacks some keys: they have had their defaults
-        changes = checkpoint.differences(dump_recipe(parse_recipe(path.read_text())), text)
-    changes = [change for change in changes if not change.startswith("trainer.")]  # which the stages look at themselves
-    if changes:
+    if begun and path.is_file() and (found := changes(path.read_text(), recipe)):
         raise FileExistsError(
-            f"{out} holds a run of another recipe ({'; '.join(changes[:3])});"
+            f"{out} holds a run of another recipe ({'; '.join(found[:3])});"
             " give the same settings to go on, or another --out"
         )
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(path, text)
+    checkpoint.write_text(path, dump_recipe(recipe))
 
 
 def _brief(result: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from fastsimclr.loaders import Source
 from fastsimclr.models import ClassifierNet, ModelConfig, build_classifier, count_parameters
 from fastsimclr.objectives import Distillation
 from fastsimclr.objectives.distillation import Ensemble, RecordedDistillation
+from fastsimclr.runlog import logger
 from fastsimclr.stages.measured import measured
 from fastsimclr.stages.networks import network_facts
 from fastsimclr.stages.published import beside
@@ -99,13 +100,18 @@ def student_of(student: ModelConfig, teachers: Sequence[Teacher], into_itself: b
 
 
 def temperature_of(asked: float | None, student: ModelConfig, teachers: Sequence[Teacher]) -> float:
-    """The temperature asked for, else .1 where all teachers have the student's encoder, else 1."""
+    """The temperature asked for, else .1 where all teachers have the student's encoder, else 1. Logs which of two."""
 
     def encoder(model: ModelConfig) -> tuple[object, ...]:
         return model.arch, model.width, model.selective_kernels
 
     same = all(one.model is not None and encoder(one.model) == encoder(student) for one in teachers)
-    return asked if asked is not None else SELF_TEMPERATURE if same else TEMPERATURE
+    usual = SELF_TEMPERATURE if same else TEMPERATURE
+    if asked not in (None, usual):
+        logger.info(
+            "distill: temperature %g, as the recipe insists; without (--distill.temperature null) %g", asked, usual
+        )
+    return usual if asked is None else asked
 
 
 def _recorded(
@@ -119,7 +125,7 @@ def _recorded(
 ) -> tuple[Distillation, Source, float]:
     """The objective by recorded logits, its source of row numbers, and the seconds that the recording took."""
     rows = numbered(source)
-    made_by = {"teacher": facts["teacher"], "classes": facts["classes"], "size": facts["size"]}
+    made_by = {key: facts[key] for key in ("classes", "size", "teacher")}
     if isinstance(teacher, Ensemble):
         made_by["temperature"] = temperature  # of which its logits are made
     logits, seconds = recorded_logits(setting, teacher, rows, run, made_by)

@@ -26,6 +26,12 @@ def pretrain(setting: Setting, run: Path, resume: bool) -> dict[str, Any]:
     network = build_simclr(recipe.model, recipe.views.size)
     objective = _objective(recipe, network)
     source = setting.splits.unlabelled
+    if config.memory > (most := 2 * max(0, len(source) - config.batch)):
+        logger.warning(
+            "pretrain: --pretrain.memory %d is more than two views of the %d images of %s less a batch of %d: earlier"
+            " views of the batch's own images will be among the negatives; use at most %d",
+            *(config.memory, len(source), source.name, config.batch, most),
+        )
     hooks = []
     if config.probe_every_epochs is not None and not (len(setting.splits.train) and len(setting.splits.val)):
         logger.warning("pretrain: no probes, %s has no labelled images for training and validation", source.name)
@@ -57,11 +63,6 @@ def _objective(recipe: Recipe, network: SimCLRNet) -> Contrastive:
     config = recipe.pretrain
     if not config.memory:
         return Contrastive(network, temperature=config.temperature, scaling=config.scaling)
-    if recipe.trainer.cuda_graph:
-        raise ValueError(
-            f"trainer.cuda_graph=True is for steps of one shape, not for pretrain.memory={config.memory}, whose queue"
-            " grows; leave one of them out"
-        )
     return MomentumContrast(
         network,
         temperature=config.temperature,

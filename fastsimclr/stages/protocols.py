@@ -14,12 +14,13 @@ import numpy as np
 from fastsimclr import checkpoint
 from fastsimclr.loaders import DataError, label_subset
 from fastsimclr.loaders.sets.splits import counts_of
-from fastsimclr.recipe import EvaluateConfig, Labels, Recipe, dump_recipe
+from fastsimclr.models import ModelConfig
+from fastsimclr.recipe import EvaluateConfig, Labels, Recipe, changes, dump_recipe
 from fastsimclr.runlog import logger
 from fastsimclr.stages.classifiers import finetune
 from fastsimclr.stages.evaluation import evaluate_knn, evaluate_linear
 from fastsimclr.stages.measured import as_json, measured
-from fastsimclr.stages.networks import digest, load_classifier, load_trained
+from fastsimclr.stages.networks import classifier_and_facts, digest, load_trained
 from fastsimclr.stages.published import beside
 from fastsimclr.stages.setting import Setting
 from fastsimclr.stages.training import classifier_score, write_evaluation
@@ -45,16 +46,17 @@ def evaluate(recipe: Recipe, source: Path, out: Path, resume: bool) -> dict[str,
     """Every protocol of recipe.evaluate on the encoder of run `source`, or the report on it where it is a classifier.
 
     Each in its own folder under `out`; out/evaluation.json, which is returned, grows with them: under "protocols" a row
-    each, under "report" the whole result of a classifier. With `resume`, what is
-    done is not measured again, and a stopped training goes on. FileExistsError where `out` holds something else.
+    each, under "report" the whole result of a classifier. With `resume`, what is done is not measured again, a stopped
+    training goes on, and rows of protocols that are no longer asked for stay. FileExistsError where `out` holds
+    something else.
     """
     setting = Setting(recipe)
     ranks = setting.ranks
-    evaluated = ranks.on_first(lambda: _claim(recipe, source, out, resume))
+    evaluated, before = ranks.on_first(lambda: _claim(recipe, source, out, resume))
     a_classifier = bool(evaluated["classes"])
     protocols = [_report_of(recipe, evaluated["stage"])] if a_classifier else list(_protocols(setting, recipe))
-    rows: list[dict[str, Any]] = []
-    evaluation: dict[str, Any] = {"network": evaluated, "environment": setting.environment, "protocols": rows}
+    rows = {row["folder"]: row for row in before}
+    evaluation: dict[str, Any] = {"network": evaluated, "environment": setting.environment, "protocols": before}
     for protocol in protocols:
         run, its_recipe = out / protocol.folder, protocol.recipe
         result = ranks.on_first(lambda run=run, its_recipe=its_recipe: _done(run, its_recipe))  # type: ignore[misc]
@@ -62,7 +64,8 @@ def evaluate(recipe: Recipe, source: Path, out: Path, resume: bool) -> dict[str,
             logger.info("%s: done before, in %s", protocol.name, run / "result.json")
         else:
             result = protocol.stage(setting.with_recipe(its_recipe), source, run, True)
-        rows.append(_row(protocol, result))
+        rows[protocol.folder] = _row(protocol, result)
+        evaluation["protocols"] = list(rows.values())
         if a_classifier:
             evaluation["report"] = result
         if ranks.first:
@@ -70,13 +73,15 @@ def evaluate(recipe: Recipe, source: Path, out: Path, resume: bool) -> dict[str,
     return evaluation
 
 
-def _claim(recipe: Recipe, source: Path, out: Path, resume: bool) -> dict[str, Any]:
-    """What is evaluated; `out` is then a folder for it."""
+def _claim(recipe: Recipe, source: Path, out: Path, resume: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What is evaluated, and the rows that `out` has of it; `out` is then a folder for it."""
     network, stage, facts = load_trained(source)
     evaluated = {"run": str(source), "stage": stage, "classes": len(facts["classes"]), "weights": digest(network)}
     path = out / "evaluation.json"
+    rows: list[dict[str, Any]] = []
     if path.is_file():
-        before = json.loads(path.read_text())["network"]
+        held = json.loads(path.read_text())
+        before, rows = held["network"], held["protocols"]
         if not resume:
             raise FileExistsError(
                 f"{out} holds an evaluation of {before['run']}; go on with --resume auto, or give another --out"
@@ -91,7 +96,7 @@ def _claim(recipe: Recipe, source: Path, out: Path, resume: bool) -> dict[str, A
     checkpoint.write_text(out / "recipe.yaml", dump_recipe(recipe))
     if not path.is_file():
         checkpoint.write_text(path, as_json({"network": evaluated, "protocols": []}))
-    return evaluated
+    return evaluated, rows
 
 
 def _protocols(setting: Setting, recipe: Recipe) -> Iterator[Protocol]:
@@ -154,8 +159,8 @@ def _report_of(recipe: Recipe, stage: str) -> Protocol:
 
     def measure(setting: Setting, source: Path, run: Path, resume: bool) -> dict[str, Any]:
         start = time.perf_counter()
-        network, classes = setting.ranks.on_first(lambda: load_classifier(source))
-        here = setting.splits.val
+        network, made = setting.ranks.on_first(lambda: classifier_and_facts(source))
+        here, classes = setting.splits.val, tuple(made["classes"])
         if here.classes != classes:
             raise DataError(
                 f"the classifier {source} knows {len(classes)} classes ({', '.join(classes[:3])}, …), the validation"
@@ -164,32 +169,33 @@ def _report_of(recipe: Recipe, stage: str) -> Protocol:
             )
         setting.runtime.place(network)
         found = classifier_score(setting, network)
-        learned = setting.ranks.on_first(lambda: _labels_of(source))
+        own = setting.ranks.on_first(lambda: _result_of(source))
+        learned = own.get("labels")
         facts = {"of": stage, **({} if learned is None else {"labels": learned}), **measured(setting, found)}
-        if stage in ("linear", "finetune", "distill"):
-            model = setting.recipe.distill.student if stage == "distill" else setting.recipe.model
+        # An import has measured nothing. What was measured, and not found comparable, is not so now.
+        comparable = not own.get("metrics") or bool(own.get("published"))
+        if comparable and stage in ("linear", "finetune", "distill"):
+            model = ModelConfig(**made["model"])
             facts |= beside(setting, stage, model, labels.get(stage, recipe.finetune.labels))
         return write_evaluation(setting, run, "report", found.metrics, facts, network, time.perf_counter() - start)
 
     return Protocol(name=f"{stage}, as it is", folder="report", stage=measure, recipe=_with(recipe))
 
 
-def _labels_of(source: Path) -> int | None:
-    """How many labels a classifier learned from, by its own result file."""
+def _result_of(source: Path) -> dict[str, Any]:
+    """What the run of a classifier says of it; nothing where it has not ended."""
     path = (source.parent.parent if source.is_file() else source) / "result.json"
-    labels: int | None = json.loads(path.read_text()).get("labels") if path.is_file() else None
-    return labels
+    result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return result
 
 
 def _done(run: Path, recipe: Recipe) -> dict[str, Any] | None:
     """The result in folder `run`, if there is one. FileExistsError where it was begun with another recipe."""
     if not (run / "recipe.yaml").is_file():
         return None
-    changes = checkpoint.differences((run / "recipe.yaml").read_text(), dump_recipe(recipe.at_smoke_size()))
-    changes = [change for change in changes if not change.startswith("trainer.")]
-    if changes:
+    if found := changes((run / "recipe.yaml").read_text(), recipe.at_smoke_size()):
         raise FileExistsError(
-            f"{run} was begun with other settings ({'; '.join(changes[:3])}); give the same to go on, or another --out"
+            f"{run} was begun with other settings ({'; '.join(found[:3])}); give the same to go on, or another --out"
         )
     path = run / "result.json"
     return json.loads(path.read_text()) if path.is_file() else None

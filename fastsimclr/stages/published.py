@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fastsimclr.models import ModelConfig
+from fastsimclr.models.foreign import wordnet_ids
 from fastsimclr.recipe import Labels
 from fastsimclr.stages.setting import Setting
 
@@ -127,9 +127,8 @@ def dataset_of(classes: Sequence[str], images: int) -> Dataset | None:
         return "CIFAR-10"
     if len(classes) != 1000 or images != 50_000:
         return None
-    ids = sorted(classes)
-    if all(re.fullmatch(r"n\d{8}", name) for name in ids):
-        return "ImageNet" if (ids[0], ids[-1]) == ("n01440764", "n15075141") else None
+    if wordnet_ids(classes):
+        return "ImageNet"
     from torchvision.models import ResNet50_Weights  # slow to import, and seldom needed
 
     return "ImageNet" if set(classes) <= set(ResNet50_Weights.DEFAULT.meta["categories"]) else None

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from fastsimclr import checkpoint
 from fastsimclr.evaluate import extract
 from fastsimclr.loaders import DataError, Relabelled, Source
+from fastsimclr.loaders.draw import Rendering
 from fastsimclr.loaders.whole import whole_file
 from fastsimclr.models import ModelConfig
-from fastsimclr.models.foreign import is_foreign, load_foreign
+from fastsimclr.models.foreign import ForeignNet, Stats, is_foreign, load_foreign
+from fastsimclr.recipe import parse_recipe
 from fastsimclr.runlog import logger
-from fastsimclr.stages.networks import classifier_and_facts, digest
+from fastsimclr.stages.networks import classifier_and_facts, digest, recipe_path
 from fastsimclr.stages.setting import Setting
 
 RECORD = "teacher-logits.pt"
@@ -29,7 +31,8 @@ RECORD = "teacher-logits.pt"
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """One teacher. model: its architecture; None for a library's network. name: as it was given."""
+    """One teacher, which takes this run's views. model: its architecture; None for a library's network. name: as it was
+    given."""
 
     name: str
     network: nn.Module
@@ -39,6 +42,7 @@ class Teacher:
 def load_teachers(setting: Setting, names: Sequence[str]) -> tuple[Teacher, ...]:
     """The classifiers of runs, or of libraries, which all know the data's classes in the data's order.
 
+    A run that learned from views of another size or normalisation is shown this run's resized and normalised as those.
     DataError naming the teacher and the data, or two teachers, whose classes differ. Every rank calls it.
     """
     val = setting.splits.val
@@ -48,9 +52,9 @@ def load_teachers(setting: Setting, names: Sequence[str]) -> tuple[Teacher, ...]
         if is_foreign(name):
             teachers.append(setting.ranks.on_first(lambda name=name: _foreign(setting, name)))  # type: ignore[misc]
             continue
-        network, facts = setting.ranks.on_first(lambda name=name: classifier_and_facts(Path(name)))  # type: ignore[misc]
-        known.append((name, tuple(facts["classes"])))
-        teachers.append(Teacher(name=name, network=network, model=ModelConfig(**facts["model"])))
+        teacher, its_classes = setting.ranks.on_first(lambda name=name: _of_run(setting, name))  # type: ignore[misc]
+        known.append((name, its_classes))
+        teachers.append(teacher)
     for name, classes in known:
         if classes != known[0][1]:
             raise DataError(
@@ -66,6 +70,31 @@ def load_teachers(setting: Setting, names: Sequence[str]) -> tuple[Teacher, ...]
     return tuple(teachers)
 
 
+def _of_run(setting: Setting, name: str) -> tuple[Teacher, tuple[str, ...]]:
+    """The classifier of a run, and its classes."""
+    network: nn.Module
+    network, facts = classifier_and_facts(Path(name))
+    ours = setting.evaluation_policy.rendering
+    theirs = parse_recipe(recipe_path(Path(name)).read_text()).views.rendering
+    seen, own = _stats(ours), _stats(theirs)
+    if seen != own or ours["size"] != theirs["size"]:
+        network = ForeignNet(network, seen=seen, own=own, size=theirs["size"]).eval()
+    told = [f"{view['size']} px, {view['semantics']}, (mean, std) {_stats(view)}" for view in (theirs, ours)]
+    if told[0] != told[1]:
+        logger.warning(
+            "the teacher %s learned from views of %s; this run's, of %s, are resized and normalised for it,"
+            " not cropped and resampled as its own",
+            *(name, *told),
+        )
+    return Teacher(name=name, network=network, model=ModelConfig(**facts["model"])), tuple(facts["classes"])
+
+
+def _stats(rendering: Rendering) -> Stats | None:
+    """(mean, std) with which views are normalised; None: not at all."""
+    mean, std = rendering["mean"], rendering["std"]
+    return None if mean is None or std is None else (mean, std)
+
+
 def _some(classes: Sequence[str], what: str = " classes") -> str:
     return f"{len(classes)}{what} ({', '.join(classes[:3])}, …)"
 
@@ -74,9 +103,7 @@ def _foreign(setting: Setting, name: str) -> Teacher:
     val, rendering = setting.splits.val, setting.evaluation_policy.rendering
     if not val.classes:
         raise DataError(f"{val.name} names no classes, so the outputs of {name} mean nothing; give class folders")
-    mean, std = rendering["mean"], rendering["std"]
-    seen = None if mean is None or std is None else (mean, std)
-    network = load_foreign(name, val.classes, val.name, seen=seen, size=rendering["size"])
+    network = load_foreign(name, val.classes, val.name, seen=_stats(rendering), size=rendering["size"])
     logger.info("%s: its outputs are %s, …, %s", name, ", ".join(val.classes[:2]), val.classes[-1])
     return Teacher(name=name, network=network, model=None)
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from fastsimclr.loaders import Policy
 from fastsimclr.recipe import Recipe
-from fastsimclr.studies.base import Cell, Study, several
+from fastsimclr.studies.base import Cell, Study, seeded, several
 from fastsimclr.studies.jobs import Job
 from fastsimclr.studies.plot import grid
 from fastsimclr.studies.table import Row, means
@@ -56,10 +56,11 @@ class AugmentStudy(Study):
         found = []
         for seed in self.seeds_of(recipe):
             for first, second in combinations_with_replacement(self.ops, 2):
-                each = replace(recipe, seed=seed, views=views_of(recipe.views, first, second))
+                whole = seeded(recipe, seed)
+                each = replace(whole, views=views_of(recipe.views, first, second))
                 folder = f"{first}-{second}/seed-{seed}" if first != second else f"{first}/seed-{seed}"
                 start = Job(name=f"{folder}/pretrain", stage="pretrain", recipe=each)
-                job = Job(name=f"{folder}/linear", stage="linear", recipe=each, after=start)
+                job = Job(name=f"{folder}/linear", stage="linear", recipe=whole, after=start)  # with the recipe's views
                 found.append(Cell(point={"first": first, "second": second}, method="linear", seed=seed, job=job))
         return found
 

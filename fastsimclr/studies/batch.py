@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from fastsimclr.recipe import Recipe
-from fastsimclr.studies.base import Cell, Study, several
+from fastsimclr.studies.base import Cell, Study, seeded, several
 from fastsimclr.studies.jobs import Job
 
 
@@ -36,7 +36,8 @@ class BatchStudy(Study):
         for seed in self.seeds_of(recipe):
             for batch in self.batches:
                 for epochs in self.epochs:
-                    each = replace(recipe, seed=seed, pretrain=replace(recipe.pretrain, batch=batch, epochs=epochs))
+                    pretraining = replace(recipe.pretrain, batch=batch, epochs=epochs)
+                    each = replace(seeded(recipe, seed), pretrain=pretraining)
                     folder = f"batch-{batch}/epochs-{epochs}/seed-{seed}"
                     start = Job(name=f"{folder}/pretrain", stage="pretrain", recipe=each)
                     job = Job(name=f"{folder}/linear", stage="linear", recipe=each, after=start)

@@ -58,5 +58,6 @@ def run_studies(options: Namespace) -> int:
         print(f"\n{text}\n")
         for name, reason in outcomes.failed.items():
             print(f"failed: {name}: {reason}")
-        print(f"files: {out}/table.md, rows.csv, plot.png, study.json")
+        if (out / "study.json").is_file():
+            print(f"files: {out}/table.md, rows.csv, plot.png, study.json")
     return 1 if outcomes.failed else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -9,19 +10,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from fastsimclr import checkpoint, stages
-from fastsimclr.recipe import Recipe, dump_recipe
+from fastsimclr.loaders import thread_count
+from fastsimclr.recipe import Recipe, changes, dump_recipe
 from fastsimclr.runlog import logger
 from fastsimclr.stopping import StopFlag, Stopped
 
 _POLL_S = 0.2
-_TIMES = "times.json"
+_RECORD = "jobs.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,17 @@ class Job:
         """The jobs that must be done for it, the first first, and itself."""
         return (*(self.after.chain if self.after is not None else ()), self)
 
+    @cached_property
+    def origin(self) -> str:
+        """What it starts from, so that another start is known: a job of the study, or a run and its weights."""
+        if self.after is not None:
+            return self.after.name
+        if self.start is None:
+            return ""
+        newest = checkpoint.newest(Path(self.start))
+        with newest.open("rb") as file:
+            return f"{self.start}, weights {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+
     def command(self, out: Path) -> list[str]:
         """The words after `fastsimclr` that run it; its recipe is the file beside its folder."""
         words = [self.stage, "--config", str(self.file(out))]
@@ -60,16 +74,12 @@ class Job:
 
 @dataclass(kw_only=True)
 class Outcomes:
-    """results: of each finished job its result.json, by name. failed: why the others failed. wall_s: time of each job,
-    decoding, probes and checkpoints included, over all calls."""
+    """results: of each finished job its result.json, by name. failed: why the others failed. record: of each job what
+    it started from ("start"), and its seconds over all calls, decoding, probes and checkpoints included ("wall_s")."""
 
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-    wall_s: dict[str, float] = field(default_factory=dict)
-
-    def blocked(self, job: Job) -> bool:
-        """Whether a job that it needs has failed."""
-        return any(before.name in self.failed for before in job.chain)
+    record: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def in_order(jobs: Sequence[Job]) -> list[Job]:
@@ -81,30 +91,36 @@ def in_order(jobs: Sequence[Job]) -> list[Job]:
     return list(found.values())
 
 
-def run_jobs(jobs: Sequence[Job], out: Path, side_by_side: int) -> Outcomes:
+def run_jobs(jobs: Sequence[Job], out: Path, places: Sequence[str | None]) -> Outcomes:
     """Run what has no result yet. A job that fails is noted, and the others go on, but not where none has succeeded.
 
-    side_by_side: 1: in this process; more: each in a process and on a GPU of its own, in turn.
-    Raises Stopped when asked to stop, FileExistsError for a folder that holds a run of another recipe.
+    places: empty: one after the other in this process; else as many at a time, each in a process of its own that sees
+    one GPU, as CUDA_VISIBLE_DEVICES names it, or none. CUDA needs that: a loss that is no number ends its process.
+    Raises Stopped when asked to stop, FileExistsError for a folder that holds a run of another recipe or start.
     """
-    outcomes = Outcomes(wall_s=_times(out))
+    outcomes = Outcomes(record=_record(out))
     for job in jobs:
-        _check(job, out)
+        _check(job, out, outcomes)
     waiting = [job for job in jobs if not _collect(job, out, outcomes)]
     if outcomes.results:
         logger.info("study: %d of %d trainings were done before", len(outcomes.results), len(jobs))
-    (_one_by_one if side_by_side == 1 else _side_by_side)(waiting, out, outcomes, side_by_side)
+    if places:
+        _side_by_side(waiting, out, outcomes, places)
+    else:
+        _one_by_one(waiting, out, outcomes)
     return outcomes
 
 
-def _check(job: Job, out: Path) -> None:
+def _check(job: Job, out: Path, outcomes: Outcomes) -> None:
     path = out / job.name / "recipe.yaml"
     if not path.is_file():
         return
-    found = checkpoint.differences(path.read_text(), dump_recipe(job.recipe.at_smoke_size()))
-    if changes := [change for change in found if not change.startswith(("trainer.", "device"))]:
+    found = changes(path.read_text(), job.recipe.at_smoke_size())
+    if (before := outcomes.record.get(job.name, {}).get("start", job.origin)) != job.origin:
+        found.insert(0, f"started from: {before} -> {job.origin}")
+    if found:
         raise FileExistsError(
-            f"{path.parent} holds a run of another recipe ({'; '.join(changes[:3])}); give the same settings to go on,"
+            f"{path.parent} holds a run of another recipe ({'; '.join(found[:3])}); give the same settings to go on,"
             " or another --out"
         )
 
@@ -116,26 +132,37 @@ def _collect(job: Job, out: Path, outcomes: Outcomes) -> bool:
     return path.is_file()
 
 
-def _times(out: Path) -> dict[str, float]:
-    path = out / _TIMES
+def _record(out: Path) -> dict[str, dict[str, Any]]:
+    path = out / _RECORD
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
-def _took(job: Job, out: Path, outcomes: Outcomes, since: float) -> None:
-    outcomes.wall_s[job.name] = round(outcomes.wall_s.get(job.name, 0.0) + time.perf_counter() - since, 2)
-    checkpoint.write_text(out / _TIMES, json.dumps(outcomes.wall_s, indent=2) + "\n")
+def _note(job: Job, out: Path, outcomes: Outcomes, seconds: float) -> None:
+    before = outcomes.record.get(job.name, {}).get("wall_s", 0.0)
+    outcomes.record[job.name] = {"start": job.origin, "wall_s": round(before + seconds, 2)}
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(out / _RECORD, json.dumps(outcomes.record, indent=2) + "\n")
 
 
-def _one_by_one(jobs: Sequence[Job], out: Path, outcomes: Outcomes, side_by_side: int) -> None:
+def _left_out(job: Job, outcomes: Outcomes) -> bool:
+    """Whether what it needs has failed; it is then noted as failed, too."""
+    if job.after is not None and job.after.name in outcomes.failed:
+        outcomes.failed[job.name] = f"{job.after.name} failed"
+    return job.name in outcomes.failed
+
+
+def _one_by_one(jobs: Sequence[Job], out: Path, outcomes: Outcomes) -> None:
     setting: stages.Setting | None = None
     for number, job in enumerate(jobs, start=1):
-        if outcomes.blocked(job):
-            outcomes.failed[job.name] = f"{job.after.name} failed" if job.after else "failed"
+        if _left_out(job, outcomes):
             continue
         logger.info("study: %d of %d: %s", number, len(jobs), job.name)
-        start = time.perf_counter()
+        start, first = time.perf_counter(), setting is None or setting.ranks.first
         try:
             setting = stages.Setting(job.recipe) if setting is None else setting.with_recipe(job.recipe)
+            first = setting.ranks.first
+            if first:
+                _note(job, out, outcomes, 0.0)
             outcomes.results[job.name] = _run(job, setting, out)
         except Stopped:
             raise
@@ -145,8 +172,8 @@ def _one_by_one(jobs: Sequence[Job], out: Path, outcomes: Outcomes, side_by_side
             outcomes.failed[job.name] = f"{type(error).__name__}: {error}"
             logger.error("study: %s failed: %s", job.name, error)
         finally:
-            if setting is not None and setting.ranks.first:
-                _took(job, out, outcomes, start)
+            if first:
+                _note(job, out, outcomes, time.perf_counter() - start)
 
 
 def _run(job: Job, setting: stages.Setting, out: Path) -> dict[str, Any]:
@@ -166,17 +193,25 @@ def _run(job: Job, setting: stages.Setting, out: Path) -> dict[str, Any]:
     return stage(setting, start, folder, resume=True)
 
 
-def gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+def places_of(recipe: Recipe, side_by_side: int) -> tuple[str | None, ...]:
+    """Where the trainings of a study run: see `run_jobs`. side_by_side: how many at a time; 0: one a GPU.
+
+    ValueError for a GPU that is not there, where the recipe names one.
+    """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     every = [str(index) for index in range(torch.cuda.device_count())]
-    return named.split(",")[: len(every)] if named else every
+    devices = named.split(",")[: len(every)] if named else every
+    if recipe.device == "cpu" or not devices:
+        return (None,) * side_by_side if side_by_side > 1 else ()
+    if recipe.device.startswith("cuda:"):
+        number = int(recipe.device.removeprefix("cuda:"))
+        if number >= len(devices):
+            raise ValueError(f"device={recipe.device}: {len(devices)} GPUs are visible here; use --device auto")
+        devices = [devices[number]]
+    return tuple(devices[k % len(devices)] for k in range(side_by_side or len(devices)))
 
 
-def _side_by_side(jobs: Sequence[Job], out: Path, outcomes: Outcomes, side_by_side: int) -> None:
-    places: list[tuple[int, str | None]] = [(k, None) for k in range(side_by_side)]
-    if devices := gpus():
-        places = [(k, devices[k % len(devices)]) for k in range(side_by_side)]
+def _side_by_side(jobs: Sequence[Job], out: Path, outcomes: Outcomes, places: Sequence[str | None]) -> None:
     waiting = list(jobs)
     running: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}
     with StopFlag() as flag:
@@ -185,41 +220,36 @@ def _side_by_side(jobs: Sequence[Job], out: Path, outcomes: Outcomes, side_by_si
                 for place, (job, process, start) in list(running.items()):
                     if process.poll() is not None:
                         del running[place]
-                        _took(job, out, outcomes, start)
+                        _note(job, out, outcomes, time.perf_counter() - start)
                         _finished(job, process, out, outcomes, alone=not running)
                 if flag.signum:
                     break
-                for place, device in places:
-                    job_now = None if place in running else _next(waiting, running, outcomes)
-                    if job_now is not None:
-                        waiting.remove(job_now)
-                        running[place] = (job_now, _started(job_now, out, device), time.perf_counter())
                 waiting = [job for job in waiting if not _left_out(job, outcomes)]
+                for place, device in enumerate(places):
+                    ready = (job for job in waiting if job.after is None or job.after.name in outcomes.results)
+                    if place not in running and (following := next(ready, None)) is not None:
+                        waiting.remove(following)
+                        _note(following, out, outcomes, 0.0)
+                        process = _started(following, out, device, len(places))
+                        running[place] = following, process, time.perf_counter()
                 time.sleep(_POLL_S)
         finally:
-            for job, process, start in running.values():
+            for _, process, _ in running.values():
                 process.send_signal(signal.SIGTERM)  # each saves its state
+            for job, process, start in running.values():
                 process.wait()
-                _took(job, out, outcomes, start)
+                _note(job, out, outcomes, time.perf_counter() - start)
     if flag.signum:
         raise Stopped(flag.signum, f"study: stopped with {len(waiting) + len(running)} trainings to go, states saved")
 
 
-def _next(waiting: Sequence[Job], running: dict[int, Any], outcomes: Outcomes) -> Job | None:
-    """The first job whose start is there."""
-    return next((job for job in waiting if job.after is None or job.after.name in outcomes.results), None)
-
-
-def _left_out(job: Job, outcomes: Outcomes) -> bool:
-    if outcomes.blocked(job):
-        outcomes.failed[job.name] = f"{job.after.name} failed" if job.after else "failed"
-    return job.name in outcomes.failed
-
-
-def _started(job: Job, out: Path, device: str | None) -> subprocess.Popen[bytes]:
+def _started(job: Job, out: Path, device: str | None, places: int) -> subprocess.Popen[bytes]:
     file = job.file(out)
     file.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(file, dump_recipe(job.recipe))
+    threads = job.recipe.data.threads or max(1, thread_count(0) // places)
+    recipe = replace(job.recipe, data=replace(job.recipe.data, threads=threads))
+    recipe = recipe if device is None else replace(recipe, device="cuda")  # the only one that it sees
+    checkpoint.write_text(file, dump_recipe(recipe))
     logger.info("study: %s%s", job.name, "" if device is None else f" on GPU {device}")
     environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
     with file.with_suffix(".log").open("ab") as log:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from fastsimclr.recipe import Recipe
+from fastsimclr.recipe import FinetuneConfig, Recipe, SupervisedConfig
 from fastsimclr.studies.base import Cell, Study, seeded, several
 from fastsimclr.studies.curves import read_curves, write_curves
 from fastsimclr.studies.jobs import Job
@@ -37,7 +37,8 @@ class LabelsStudy(Study):
     """one: a single pretraining, with the recipe's seed, from which all draws start; the spread is then that of labels,
     order and views. each: one for each seed."""
     finetune_epochs: tuple[int, ...] = ()
-    """Epochs of fine-tuning at each fraction, in their order; empty: finetune.epochs at all."""
+    """Epochs of fine-tuning at each fraction, in their order; empty: finetune.epochs below 10 % of the labels, half as
+    many from there on (SimCLRv2: 60 and 30)."""
     supervised_epochs: tuple[int, ...] = ()
     """Epochs of supervised training at each fraction, likewise; all labels take the last."""
     validations: int = 10
@@ -85,12 +86,9 @@ class LabelsStudy(Study):
                 recipe.finetune,
                 labels="subset",
                 head_layer=layer,  # of the whole head at few labels, of the encoder at all (SimCLRv2, Sec. 2)
-                epochs=tuned,
-                validate_every_epochs=self._between(tuned),
+                **self._for(recipe.finetune, tuned),
             ),
-            supervised=replace(
-                recipe.supervised, labels="subset", epochs=scratch, validate_every_epochs=self._between(scratch)
-            ),
+            supervised=replace(recipe.supervised, labels="subset", **self._for(recipe.supervised, scratch)),
         )
         folder = f"fraction-{fraction:g}/seed-{recipe.seed}"
         finetuned = Job(name=f"{folder}/finetune", stage="finetune", recipe=recipe, after=start)
@@ -107,11 +105,18 @@ class LabelsStudy(Study):
     def _epochs(self, recipe: Recipe, fraction: float) -> tuple[int, int]:
         """Of fine-tuning, and of supervised training."""
         place = self.fractions.index(fraction) if fraction in self.fractions else -1
-        tuned = self.finetune_epochs[place] if self.finetune_epochs else recipe.finetune.epochs
+        usual = recipe.finetune.epochs if fraction < 0.1 else max(1, recipe.finetune.epochs // 2)
+        tuned = self.finetune_epochs[place] if self.finetune_epochs else usual
         return tuned, self.supervised_epochs[place] if self.supervised_epochs else recipe.supervised.epochs
 
-    def _between(self, epochs: int) -> int | None:
-        return max(1, epochs // self.validations) if self.validations else None
+    def _for(self, config: FinetuneConfig | SupervisedConfig, epochs: int) -> dict[str, Any]:
+        """What a training of so many epochs has otherwise; its warm-up keeps its share of them."""
+        warmup = config.optim.warmup_epochs * epochs / config.epochs
+        return {
+            "epochs": epochs,
+            "optim": replace(config.optim, warmup_epochs=warmup),
+            "validate_every_epochs": max(1, epochs // self.validations) if self.validations else None,
+        }
 
     def remarks(self, rows: Sequence[Row], out: Path) -> list[str]:
         """Where supervised training overtakes; writes curves.csv and curves.png."""

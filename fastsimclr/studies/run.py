@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 from fastsimclr import checkpoint
 from fastsimclr.recipe import Recipe, dump_recipe
 from fastsimclr.studies.base import Study
-from fastsimclr.studies.jobs import Outcomes, gpus, in_order, run_jobs
-from fastsimclr.studies.table import Row, as_csv, as_markdown, rows_of
+from fastsimclr.studies.jobs import Job, Outcomes, in_order, places_of, run_jobs
+from fastsimclr.studies.table import as_csv, as_markdown, rows_of
 
 
 def run_study(study: Study, recipe: Recipe, out: Path, *, world: int = 1, first: bool = True) -> tuple[str, Outcomes]:
@@ -23,52 +24,48 @@ def run_study(study: Study, recipe: Recipe, out: Path, *, world: int = 1, first:
     """
     if find_spec("matplotlib") is None:
         raise ValueError('a study draws its picture by matplotlib; pip install "fastsimclr[study]"')
-    side_by_side = study.side_by_side or max(1, len(gpus()))
-    if world > 1:
-        if study.side_by_side > 1:
-            raise ValueError(
-                f"--side_by_side {study.side_by_side} is for one process, not for {world} ranks; start it without"
-                " torchrun, or leave it out"
-            )
-        side_by_side = 1
+    if world > 1 and study.side_by_side > 1:
+        raise ValueError(
+            f"--side_by_side {study.side_by_side} is for one process, not for {world} ranks; start it without"
+            " torchrun, or leave it out"
+        )
+    places = () if world > 1 else places_of(recipe, study.side_by_side)
     cells = study.cells(recipe)
     jobs = in_order([cell.job for cell in cells])
     if first:
         out.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text(out / "recipe.yaml", dump_recipe(recipe))
-    outcomes = run_jobs(jobs, out, side_by_side)
+    outcomes = run_jobs(jobs, out, places)
     rows = rows_of(cells, outcomes)
     text = as_markdown(rows)
-    if not first:
+    if not first or not rows:
         return text, outcomes
     remarks = study.remarks(rows, out)
-    cost = _cost(outcomes, side_by_side)
+    cost = _cost(jobs, outcomes, len(places) or 1)
     text = "\n\n".join([text, *(["\n".join(f"- {line}" for line in remarks)] if remarks else []), _told(cost)])
     checkpoint.write_text(out / "rows.csv", as_csv(rows, study.name))
     checkpoint.write_text(out / "table.md", f"# Study {study.name}\n\n{text}\n")
     facts = {
         "study": study.name,
-        "settings": {key: value for key, value in asdict(study).items()},
+        "settings": asdict(study),
         "cost": cost,
         "remarks": remarks,
         "failed": outcomes.failed,
-        "rows": [_plain(row) for row in rows],
+        "rows": [asdict(row) for row in rows],
     }
     checkpoint.write_text(out / "study.json", json.dumps(facts, indent=2) + "\n")
     study.draw(rows, out / "plot.png")
     return text, outcomes
 
 
-def _plain(row: Row) -> dict[str, Any]:
-    return asdict(row)
-
-
-def _cost(outcomes: Outcomes, side_by_side: int) -> dict[str, Any]:
+def _cost(jobs: Sequence[Job], outcomes: Outcomes, side_by_side: int) -> dict[str, Any]:
     results = list(outcomes.results.values())
     return {
         "trainings": len(results),
         "seconds_of_steps": round(sum(result["seconds"] for result in results), 1),
-        "wall_seconds": round(sum(outcomes.wall_s.values()), 1),
+        "wall_seconds": round(
+            sum(outcomes.record[job.name]["wall_s"] for job in jobs if job.name in outcomes.record), 1
+        ),
         "side_by_side": side_by_side,
         "environment": results[0]["environment"] if results else {},
     }

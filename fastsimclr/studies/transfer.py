@@ -13,8 +13,8 @@ from fastsimclr.studies.jobs import Job
 
 @dataclass(frozen=True, kw_only=True)
 class TransferStudy(Study):
-    """The network of a pretraining run on other labelled folders: kNN, linear and fine-tuned, beside the same network
-    supervised from scratch."""
+    """The network of a pretraining run on other labelled folders, all of whose labels are used: kNN, linear and
+    fine-tuned, beside the same network supervised from scratch."""
 
     name: ClassVar[str] = "transfer"
     x: ClassVar[str] = "data"
@@ -30,7 +30,7 @@ class TransferStudy(Study):
         several("to", [Path(folder).name for folder in self.to])
 
     def cells(self, recipe: Recipe) -> list[Cell]:
-        """Of each folder and seed, four; kNN and the linear classifier draw no weights but may have drawn labels."""
+        """Of each folder and seed, four."""
         found = []
         for seed in self.seeds_of(recipe):
             for root in self.to:
@@ -42,11 +42,21 @@ class TransferStudy(Study):
                     labels=None,
                     val=None,
                     val_labels=None,
+                    label_fraction=None,
+                    labels_per_class=None,
                     label_list=None,
                     label_key=None,
                     index=None,
                 )
-                each = replace(recipe, seed=seed, data=data, knn=replace(recipe.knn, baselines=False))
+                each = replace(
+                    recipe,
+                    seed=seed,
+                    data=data,
+                    knn=replace(recipe.knn, baselines=False, labels="all"),
+                    linear=replace(recipe.linear, labels="all"),
+                    finetune=replace(recipe.finetune, labels="all"),
+                    supervised=replace(recipe.supervised, labels="all"),
+                )
                 folder = f"{Path(root).name}/seed-{seed}"
                 jobs = {
                     "kNN": Job(name=f"{folder}/knn", stage="knn", recipe=each, start=self.start),

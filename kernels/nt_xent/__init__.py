@@ -74,7 +74,8 @@ def nt_xent(
     make the loss and the gradient NaN. With keys a row of x is nobody's column: a bad one makes the loss of its rank
     NaN, and of the gradient its own row only. With a single pair and no bank there is no negative: loss and gradient
     are 0.
-    Memory: O(2NW (D + block_rows)) in the reference, O(2NW D) fused; never the matrix of similarities.
+    Memory: O((2NW + K) (D + block_rows)) in the reference, O((2NW + K) D) fused, with keys 2N D more; never the matrix
+    of similarities.
 
     Raises ValueError for a wrong shape, dtype, device, temperature, scaling, block size or backend, and for ranks of
     different shapes (looked at when this rank's changes).

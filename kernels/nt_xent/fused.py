@@ -261,7 +261,8 @@ def variants() -> list[Variant]:
         found.append(_variant(f"finish_backward {x} P {width}", programs.finish_backward, small, constants, x=x))
     block = {"P": DEEP, "B": PACK_ELEMENTS // DEEP, "E": DEEP}
     found.append(_variant(f"pack bank fp32 P {DEEP}", packing.pack, small, {"PAIRED": False, **block}))
-    found.append(_variant(f"pack with keys fp32 P {DEEP}", packing.pack_with_keys, small, block))
+    # As training with half precision has them: the momentum encoder's keys come normalised, in float32.
+    found.append(_variant(f"pack bf16 with keys fp32 P {DEEP}", packing.pack_with_keys, small, block, x="bf16"))
     constants = {"ONLINE": False, "KEYED": True, **block}
     name = f"finish_backward keys fp32 P {DEEP}"
     found.append(_variant(name, programs.finish_backward, small, constants, architectures=(90,)))
@@ -276,9 +277,9 @@ def variants() -> list[Variant]:
 
 
 def _variant(name: str, kernel: Any, tile: Tile, constants: dict[str, Any], x: str = "fp32", **more: Any) -> Variant:
-    """The types that the launches above give: numbers by name, vectors fp16, projections x, all other pointers fp32."""
+    """The launches' types: numbers by name, vectors fp16, projections x, all other pointers, keys among them, fp32."""
     types = dict.fromkeys((*programs.SIZES, "parts", "rows", "blocks", "dim"), "i32")
-    types |= {"k": "fp32", "factor": "fp32", "z": "*fp16", "x": f"*{x}", "dx": f"*{x}", "keys": f"*{x}"}
+    types |= {"k": "fp32", "factor": "fp32", "z": "*fp16", "x": f"*{x}", "dx": f"*{x}"}
     signature = {arg: types.get(arg, "*fp32") for arg in kernel.arg_names if arg not in constants}
     aligned = [arg for arg, kind in signature.items() if kind.startswith("*") or arg == "dim"]
     return Variant(

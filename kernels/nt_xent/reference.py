@@ -59,7 +59,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, State]:
     """Loss, top1, top5 and what the backward needs; arguments as the entry has checked them, a factor on the loss.
 
-    Half precision is worked on in float32, also under autocast. Memory is O(W 2N rows + (W 2N + K) D).
+    Half precision is worked on in float32, also under autocast. Memory is O((W 2N + K) (D + rows)), with keys 2N D
+    more.
     """
     x_MD = x if x.dtype == torch.float64 else x.float()
     m, n, bank_rows = len(x_MD), len(x_MD) // 2, 0 if bank is None else len(bank)

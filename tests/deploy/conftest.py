@@ -16,7 +16,7 @@ from fastsimclr.loaders import DataConfig, Policy
 from fastsimclr.models import ModelConfig, build_classifier, build_simclr
 from fastsimclr.recipe import Recipe, dump_recipe
 from fastsimclr.stages.networks import network_facts
-from fastsimclr.trainer import TrainerConfig
+from fastsimclr.trainer_config import TrainerConfig
 
 MakeRun = Callable[..., Path]
 

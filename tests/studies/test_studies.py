@@ -24,12 +24,11 @@ from fastsimclr.recipe import dump_recipe, parse_recipe
 from fastsimclr.runlog import read_records
 from fastsimclr.stopping import Stopped
 from fastsimclr.studies import Cell, Job, Study
-from fastsimclr.studies import jobs as study_jobs
 from fastsimclr.studies.augment import AugmentStudy
 from fastsimclr.studies.batch import BatchStudy
 from fastsimclr.studies.curves import read_curves
 from fastsimclr.studies.head import HeadStudy
-from fastsimclr.studies.jobs import in_order, run_jobs
+from fastsimclr.studies.jobs import in_order, places_of, run_jobs
 from fastsimclr.studies.labels import LabelsStudy
 from fastsimclr.studies.size import SizeStudy
 from fastsimclr.studies.table import Row, as_csv, as_markdown, crossing, means
@@ -86,6 +85,9 @@ def test_labels_takes_one_pretraining_and_the_last_layer_at_all_labels() -> None
     assert sum(name.endswith("pretrain") for name in names(cells)) == 1 and len(names(cells)) == 1 + len(cells)
     tuned = [cell for cell in cells if cell.method == "fine-tuned"]
     assert [cell.job.recipe.finetune.epochs for cell in tuned] == [7, 5, 7, 5]
+    short = LabelsStudy(fractions=(0.5,), supervised_epochs=(2,), seeds=1, methods=("supervised",)).cells(RECIPE)
+    share = RECIPE.supervised.optim.warmup_epochs / RECIPE.supervised.epochs
+    assert short[0].job.recipe.supervised.optim.warmup_epochs == pytest.approx(2 * share) and share > 0
     assert [cell.job.recipe.data.label_fraction for cell in tuned] == [0.01, 0.1, 0.01, 0.1]
     assert {cell.job.recipe.data.label_seed for cell in tuned} == {0, 1}
     assert {cell.job.recipe.finetune.head_layer for cell in tuned} == {RECIPE.finetune.head_layer}
@@ -95,6 +97,9 @@ def test_labels_takes_one_pretraining_and_the_last_layer_at_all_labels() -> None
     whole = LabelsStudy(fractions=(1.0,), seeds=2, pretrainings="each").cells(RECIPE)
     assert {cell.job.recipe.finetune.head_layer for cell in whole} == {0}
     assert sum(name.endswith("pretrain") for name in names(whole)) == 2
+    usual = [cell for cell in LabelsStudy(seeds=1).cells(RECIPE) if cell.method == "fine-tuned"]
+    epochs = RECIPE.finetune.epochs
+    assert [cell.job.recipe.finetune.epochs for cell in usual] == [epochs, epochs // 2, epochs // 2]
     distilled = next(cell.job for cell in whole if cell.method == "distilled")
     assert [job.stage for job in distilled.chain] == ["pretrain", "finetune", "distill"]
 
@@ -117,6 +122,8 @@ def test_the_other_studies_vary_what_they_are_called_after() -> None:
         ("beton", "cars.beton"),
     }
     assert {cell.job.start for cell in moved} == {"RUN", None}
+    assert {cell.job.recipe.data.labels_per_class for cell in moved} == {None} != {RECIPE.data.labels_per_class}
+    assert {cell.job.recipe.finetune.labels for cell in moved} == {"all"}
     assert len(names(moved)) == 2 * 2 * 4
 
 
@@ -131,7 +138,8 @@ def test_augment_gives_each_pair_once_and_changes_one_view() -> None:
         ("colour", "rotation"),
         ("rotation", "rotation"),
     ]
-    policies = [cell.job.recipe.views for cell in cells]
+    policies = [cell.job.after.recipe.views for cell in cells if cell.job.after is not None]
+    assert {cell.job.recipe.views for cell in cells} == {recipe.views}  # all are evaluated alike
     assert all(policy.one_branch for policy in policies)
     assert policies[3].ops == {"jitter", "grey"} and policies[3].crop == "centre"
     assert policies[1].ops == {"flip", "jitter", "grey"} and policies[1].crop == "random"
@@ -236,6 +244,13 @@ def test_a_folder_of_another_recipe_is_refused(labels: Path, capsys: pytest.Capt
     assert "holds a run of another recipe" in error and "lr" in error
 
 
+def test_results_of_another_pretraining_are_refused(labels: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--fractions", "[0.1, 1.0]", "--seeds", "1", "--validations", "1", "--pretrainings", "each")
+    assert main(["study", "labels", *SMOKE, *words, "--out", str(labels)]) == 1
+    assert "started from: pretrain -> seed-0/pretrain" in capsys.readouterr().err.splitlines()[-1]
+    assert not (labels / "seed-0").exists()
+
+
 def test_curves_end_with_the_result_and_know_when_they_pass(labels: Path) -> None:
     rows = [row(0.1, "supervised", 0, 0.9, run="fraction-0.1/seed-0/supervised")]
     (curve,) = read_curves(rows, labels)
@@ -247,7 +262,7 @@ def test_curves_end_with_the_result_and_know_when_they_pass(labels: Path) -> Non
     assert curve.passes(0.89) == (1, pytest.approx(trained[-1]["trained_s"])) and curve.passes(0.9) is None
 
 
-def test_the_other_studies_run_by_command(labels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_other_studies_run_by_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done("study", "augment", *SMOKE, "--views.size", 32, "--ops", "[noise]", "--out", "augment")
     assert "| noise | noise |" in Path("augment/table.md").read_text()
@@ -302,11 +317,11 @@ def test_a_failed_training_costs_itself_and_what_needs_it(tmp_path: Path, monkey
     pretend(monkeypatch, answer)
     first, second, third = jobs(3)
     needing = Job(name="tuned", stage="finetune", recipe=RECIPE, after=second)
-    outcomes = run_jobs([first, second, needing, third], tmp_path, 1)
+    outcomes = run_jobs([first, second, needing, third], tmp_path, ())
     assert list(outcomes.results) == ["job-0", "job-2"]
     assert outcomes.failed == {"job-1": "FloatingPointError: the loss became nan", "tuned": "job-1 failed"}
     pretend(monkeypatch, lambda seed: {"seed": seed})
-    again = run_jobs([first, second, third], tmp_path, 1)
+    again = run_jobs([first, second, third], tmp_path, ())
     assert sorted(again.results) == ["job-0", "job-1", "job-2"] and again.failed == {}
 
 
@@ -316,7 +331,7 @@ def test_a_first_training_that_fails_ends_the_study(tmp_path: Path, monkeypatch:
 
     pretend(monkeypatch, answer)
     with pytest.raises(ValueError, match=r"data\.root is missing"):
-        run_jobs(jobs(2), tmp_path, 1)
+        run_jobs(jobs(2), tmp_path, ())
 
 
 def test_a_stop_ends_the_study_and_keeps_the_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,8 +342,9 @@ def test_a_stop_ends_the_study_and_keeps_the_times(tmp_path: Path, monkeypatch: 
 
     pretend(monkeypatch, answer)
     with pytest.raises(Stopped):
-        run_jobs(jobs(3), tmp_path, 1)
-    assert set(json.loads((tmp_path / "times.json").read_text())) == {"job-0", "job-1"}
+        run_jobs(jobs(3), tmp_path, ())
+    record = json.loads((tmp_path / "jobs.json").read_text())
+    assert set(record) == {"job-0", "job-1"} and all(entry["wall_s"] >= 0 for entry in record.values())
     assert not (tmp_path / "job-2").exists()
 
 
@@ -336,7 +352,7 @@ def test_a_job_is_a_command_that_anybody_may_give(tmp_path: Path) -> None:
     (job,) = jobs(1)
     job.file(tmp_path).write_text(dump_recipe(job.recipe))
     done(*job.command(tmp_path))
-    assert run_jobs([job], tmp_path, 1).results["job-0"]["stage"] == "supervised"
+    assert run_jobs([job], tmp_path, ()).results["job-0"]["stage"] == "supervised"
 
 
 def test_side_by_side_each_has_its_own_gpu_and_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,21 +362,21 @@ def test_side_by_side_each_has_its_own_gpu_and_log(tmp_path: Path, monkeypatch: 
         assert words[1:4] == ["-m", "fastsimclr", "supervised"]
         run = Path(words[words.index("--out") + 1])
         given[run.name] = options["env"].get("CUDA_VISIBLE_DEVICES")
-        assert parse_recipe(Path(words[words.index("--config") + 1]).read_text()).seed == int(run.name[-1])
+        recipe = parse_recipe(Path(words[words.index("--config") + 1]).read_text())
+        assert (recipe.seed, recipe.device) == (int(run.name[-1]), "cuda") and recipe.data.threads >= 1
         code = f"import os, sys; os.mkdir({str(run)!r}); open({str(run / 'result.json')!r}, 'w').write('{{}}')"
         if run.name == "job-1":
             code = "import sys; print('working', flush=True); sys.exit('error: out of memory')"
         return popen([sys.executable, "-c", code], **options)
 
     monkeypatch.setattr(subprocess, "Popen", start)
-    monkeypatch.setattr(study_jobs, "gpus", lambda: ["3", "5"])
     needing = Job(name="tuned", stage="finetune", recipe=RECIPE, after=jobs(2)[1])
-    outcomes = run_jobs([*jobs(3), needing], tmp_path, 2)
+    outcomes = run_jobs([*jobs(3), needing], tmp_path, ("3", "5"))
     assert sorted(outcomes.results) == ["job-0", "job-2"] and {given["job-0"], given["job-1"]} == {"3", "5"}
     assert outcomes.failed["job-1"] == f"error: out of memory (see {tmp_path / 'job-1.log'})"
     assert outcomes.failed["tuned"] == "job-1 failed"
     assert (tmp_path / "job-1.log").read_text().startswith("working")
-    assert set(outcomes.wall_s) == {"job-0", "job-1", "job-2"}
+    assert set(outcomes.record) == {"job-0", "job-1", "job-2"}
 
 
 def test_a_signal_reaches_the_trainings_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +392,7 @@ def test_a_signal_reaches_the_trainings_side_by_side(tmp_path: Path, monkeypatch
     monkeypatch.setattr(subprocess, "Popen", sleeper)
     start = time.perf_counter()
     with pytest.raises(Stopped, match="3 trainings to go"):
-        run_jobs(jobs(3), tmp_path, 2)
+        run_jobs(jobs(3), tmp_path, (None, None))
     assert time.perf_counter() - start < 60
     assert [process.returncode for process in started] == [-signal.SIGTERM, -signal.SIGTERM]
 
@@ -396,6 +412,46 @@ def test_a_signal_reaches_the_trainings_side_by_side(tmp_path: Path, monkeypatch
 def test_bad_settings_are_refused(study: type[Study], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         study(**settings)
+
+
+@pytest.mark.parametrize(
+    ("device", "side_by_side", "visible", "places"),
+    [
+        ("auto", 0, None, ("0", "1")),
+        ("cuda", 3, None, ("0", "1", "0")),
+        ("auto", 0, "5,7", ("5", "7")),
+        ("cuda:1", 0, "5,7", ("7",)),
+        ("cpu", 0, None, ()),
+        ("cpu", 2, None, (None, None)),
+    ],
+)
+def test_each_training_has_one_gpu(
+    device: str,
+    side_by_side: int,
+    visible: str | None,
+    places: tuple[str | None, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert places_of(replace(RECIPE, device=device), side_by_side) == places
+    with pytest.raises(ValueError, match="2 GPUs are visible here"):
+        places_of(replace(RECIPE, device="cuda:2"), 0)
+
+
+def test_a_study_of_which_nothing_can_be_shown_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(setting: stages.Setting, start: Path, run: Path, resume: bool) -> dict[str, Any]:
+        raise ValueError("linear.batch=9 is too large")
+
+    monkeypatch.setattr(stages, "evaluate_linear", refused)
+    words = ("--batches", "[8]", "--epochs", "[1]", "--seeds", "1", "--out", str(tmp_path / "batch"))
+    assert main(["study", "batch", *SMOKE, *words]) == 1
+    assert "failed: batch-8/epochs-1/seed-0/linear: ValueError: linear.batch=9" in capsys.readouterr().out
+    assert not (tmp_path / "batch/plot.png").exists()
 
 
 def test_two_jobs_of_one_name_must_be_one() -> None:
