@@ -43,6 +43,7 @@ def test_a_batch_of_null_stays_what_it_was_at_the_first_ranks(ranks_pool: Pool, 
     begun = ranks_pool(4, supervised, tmp_path, False)  # ten images: four ranks take eight a step
     assert [result["training"]["steps"] for result in begun] == [10 * 2 // 8 + 1] * 4
     resumed = ranks_pool(2, supervised, tmp_path, True)  # two would take ten
-    assert [result["metrics"] for result in resumed] == [begun[0]["metrics"]] * 2
+    for result in resumed:  # sums over the images of two ranks, not four: the last digits of a double
+        assert result["metrics"] == pytest.approx(begun[0]["metrics"], rel=1e-12)
     for said in ranks_pool(3, supervised, tmp_path, True):
         assert said == "supervised.batch=8 is not divisible by 3 ranks; use 6, or another number of ranks"
