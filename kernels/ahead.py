@@ -48,7 +48,8 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a compiled kernel uses. registers: a thread. stack: bytes. spills: instructions. shared: bytes a block."""
+    """What a compiled kernel uses. registers: a thread. stack: bytes, local memory too. spills: instructions, counted where
+    there is such memory. shared: bytes a block."""
 
     name: str
     architecture: int
@@ -81,13 +82,15 @@ def compile_for(variant: Variant, architecture: int) -> Resources:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(binary.asm["cubin"])
         usage = _cuobjdump("--dump-resource-usage", str(cubin))
-        machine_code = _cuobjdump("-sass", str(cubin))
+        stack, local = _number(r"STACK:(\d+)", usage), _number(r"LOCAL:(\d+)", usage)
+        # A spill needs memory of its own; to read the machine code takes longer than to compile a small kernel.
+        machine_code = _cuobjdump("-sass", str(cubin)) if stack or local or variant.tensor_cores else ""
     return Resources(
         name=variant.name,
         architecture=architecture,
         warps=variant.warps,
         registers=_number(r"REG:(\d+)", usage),
-        stack=_number(r"STACK:(\d+)", usage),
+        stack=stack + local,
         spills=len(_SPILLS.findall(machine_code)),
         shared=binary.metadata.shared,
         tensor_cores=", ".join(sorted(set(_TENSOR_CORES.findall(machine_code)))),
