@@ -48,8 +48,10 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a compiled kernel uses. registers: a thread. stack: bytes, local memory too. spills: instructions, counted where
-    there is such memory. shared: bytes a block."""
+    """What a compiled kernel uses. registers: a thread. stack: bytes, with local memory. shared: bytes a block.
+
+    spills, tensor_cores: instructions, looked for where there is such memory or the kernel has products.
+    """
 
     name: str
     architecture: int
