@@ -10,11 +10,11 @@ STAMP := .venv/.installed-$(EXTRAS)
 demo: $(STAMP)
 	$(BIN)/python -m fastsimclr demo
 
-# A process for each core, of one thread: most kernels run in Triton's interpreter, which is Python. And two processes
+# A process for each core, of one thread: most kernels run in Triton's interpreter, which is Python. And one process
 # more, as tests of several ranks mostly wait.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=15 --dist worksteal \
-	  -n $$($(BIN)/python -c 'import os; print(min(8, 2 + os.cpu_count()))')
+	  -n $$($(BIN)/python -c 'import os; print(min(8, 1 + os.cpu_count()))')
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
