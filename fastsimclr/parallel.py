@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -49,17 +48,18 @@ def parallel(
         return _in_parts(objective, micro, runtime)
     network: nn.Module = _Forward(objective)
     if ranks.world > 1:
-        with warnings.catch_warnings():  # torch 2.15 renamed the option, earlier versions do not know the new name
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            network = DistributedDataParallel(
-                network,
-                device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
-                process_group=ranks.group,
-                broadcast_buffers=False,  # BN's statistics are averaged before anybody reads them
-                gradient_as_bucket_view=True,
-                static_graph=True,
-                bucket_cap_mb=bucket_mb,
-            )
+        # BN's statistics differ between the ranks until they are averaged, before anybody reads them, so DDP must leave
+        # them alone. Its option for that was renamed in torch 2.13, and the new one still broadcasts them at the start.
+        buffers = [name for name, _ in network.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, buffers)  # type: ignore[no-untyped-call]
+        network = DistributedDataParallel(
+            network,
+            device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
+            process_group=ranks.group,
+            gradient_as_bucket_view=True,
+            static_graph=True,
+            bucket_cap_mb=bucket_mb,
+        )
     return _at_once(network, runtime)
 
 

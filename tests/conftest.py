@@ -25,20 +25,25 @@ import hypothesis
 import pytest
 import torch
 
+from fastsimclr.versions import version_problems
+
 VARIABLE = "FASTSIMCLR_TEST_DATA"
 REQUIRE = "FASTSIMCLR_REQUIRE_LOADERS"
 FILES = ("cifar10-jpeg.tar.xz", "google-simclr-oracle.npz", "imagenet-samples.tar", "tf-checkpoints.tar.xz")
 WAITING = ("test_nodes.py", "test_torchrun.py", "test_slurm.py", "test_resume.py")
 """They start processes and wait for them: first, so that they do not stand alone at the end."""
+pytest_plugins = ["tests.processor_time"]
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 # Where there is no GPU the fused kernels run in Triton's interpreter, which must be chosen before triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# No deadline: no timing is asserted in a test. Derandomised: a red run can be repeated.
-hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
-hypothesis.settings.load_profile("house")
+# No deadline: no timing is asserted in a test. Derandomised: a red run can be repeated. `make test` takes few examples,
+# `make test-slow` runs the same tests with --hypothesis-profile thorough.
+for profile, examples in (("quick", 30), ("thorough", 300)):
+    hypothesis.settings.register_profile(profile, max_examples=examples, deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("quick")
 # Two threads at most, so that sums have one order on machines of any size; OMP_NUM_THREADS=1 is kept.
 THREADS = min(2, torch.get_num_threads())
 torch.set_num_threads(THREADS)
@@ -46,6 +51,8 @@ torch.set_num_threads(THREADS)
 
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse a data folder that lacks a file: such a run would look complete and would not be."""
+    if problems := version_problems():
+        raise pytest.UsageError("\n".join(problems))
     config.stash[LEFT_OUT] = {}
     if folder := os.environ.get(VARIABLE):
         missing = [name for name in FILES if not (Path(folder) / name).is_file()]
@@ -53,6 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"{VARIABLE}={folder} lacks {', '.join(missing)}; unset it or complete the folder")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups, and before -m selects by markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests that need a GPU or the shared data where there is none; the summary says how many."""
     reasons: dict[str, Callable[[pytest.Item], bool]] = {}
@@ -74,7 +82,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             config.stash[LEFT_OUT][reason] = len(left_out)
             config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if item not in left_out]
-    items.sort(key=lambda item: item.path.name not in WAITING)
+    for item in items:
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker("examples")
+        if "ranks_pool" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ranks"))  # one process of pytest-xdist starts the ranks, once
+    items.sort(key=lambda item: (item.get_closest_marker("xdist_group") is None, item.path.name not in WAITING))
     if hasattr(config, "workeroutput"):  # a process of pytest-xdist
         config.workeroutput["left out"] = config.stash[LEFT_OUT]
 

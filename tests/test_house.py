@@ -97,7 +97,7 @@ def test_install_holds_the_whole_package(checkout: Path, tmp_path: Path, hook: s
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
         (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
-        assert "fastsimclr = fastsimclr.cli:main" in archive.read(entry_points).decode()
+        assert "fastsimclr = fastsimclr.__main__:main" in archive.read(entry_points).decode()
     if hook == "build_wheel":
         recipes = {f"fastsimclr/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
         typed = {f"{package}/py.typed" for package in ("fastsimclr", "fastsimclr/loaders", "fastsimclr/kernels")}

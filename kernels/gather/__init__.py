@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
+from fastsimclr.kernels.gather.collectives import all_gather_single
 from fastsimclr.kernels.gather.reference import all_gather_rows
 from fastsimclr.kernels.gather.views import gather_views
 
@@ -19,11 +20,11 @@ def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     x: one dimension or more, the same shape and dtype on all ranks, which is not checked here. One collective.
     """
     parts = x.new_empty(dist.get_world_size(group), *x.shape)
-    dist.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous(), group=group)
+    all_gather_single(parts.flatten(0, 1), x.contiguous(), group=group)
     return parts
 
 
 def gather_in_place(rows: Tensor, group: dist.ProcessGroup) -> None:
     """Fills rows [W * N, ...], contiguous, in which this rank has written its own N at N * rank. One collective."""
     own = rows.chunk(dist.get_world_size(group))[dist.get_rank(group)]
-    dist.all_gather_into_tensor(rows, own, group=group)
+    all_gather_single(rows, own, group=group)

@@ -37,7 +37,7 @@ def _factor(temperature, k, ONLINE: tl.constexpr):
     """k = log2(e) / t: the host's number, or from the device's t, where t <= 0 gives NaN."""
     if ONLINE:
         t = tl.load(temperature)
-        k = tl.where(t > 0, LOG2_E / t, float("nan"))
+        k = tl.where(t > 0, tl.full((), LOG2_E, tl.float32) / t, float("nan"))
     return k
 
 
@@ -224,7 +224,7 @@ def totals(sums, loss, top1, top5, slope, largest, blocks, m, factor, B: tl.cons
 @triton.jit
 def _scale(largest):
     """log2 of the factor on G. e_ij A_i <= q_i, so no G exceeds twice the largest w_i q_i."""
-    return tl.minimum(HEADROOM - tl.log2(tl.load(largest)), MOST_SCALE)
+    return tl.minimum(-(tl.log2(tl.load(largest)) - HEADROOM), MOST_SCALE)
 
 
 @triton.jit(do_not_specialize=SIZES)

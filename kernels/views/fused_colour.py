@@ -29,7 +29,7 @@ def clip(x):
 @triton.jit
 def to_grey(r, g, b):
     """.2989 r + .587 g + .114 b."""
-    return GREY_R * r + GREY_G * g + GREY_B * b
+    return r * GREY_R + g * GREY_G + b * GREY_B
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastsimclr.kernels.gather as gathering
 from fastsimclr.kernels.backend import Backend
 from fastsimclr.kernels.batch_norm import batch_norm, fused, implementation
 from fastsimclr.kernels.batch_norm.op import batch_norm_backward_op, batch_norm_op, statistics_op
@@ -299,9 +300,9 @@ def shared(ranks: Ranks, groups: int, on: bool) -> tuple[dict[str, Tensor], list
         bn.weight.copy_(given["weight"])
     sent: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("all_gather_into_tensor", "all_reduce"):
-            exchange = getattr(dist, name)
-            patch.setattr(dist, name, lambda *a, exchange=exchange, **k: sent.append("sent") or exchange(*a, **k))  # type: ignore[func-returns-value]
+        for module, name in ((gathering, "all_gather_single"), (dist, "all_reduce")):
+            exchange = getattr(module, name)
+            patch.setattr(module, name, lambda *a, exchange=exchange, **k: sent.append("sent") or exchange(*a, **k))  # type: ignore[func-returns-value]
         y = bn.with_relu(x, residual)
         forward = len(sent)
         y.backward(dy)  # type: ignore[no-untyped-call]
