@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import multiprocessing
@@ -10,17 +11,18 @@ import multiprocessing.connection
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import hypothesis
 import pytest
 import torch
@@ -32,12 +34,15 @@ REQUIRE = "FASTSIMCLR_REQUIRE_LOADERS"
 FILES = ("cifar10-jpeg.tar.xz", "google-simclr-oracle.npz", "imagenet-samples.tar", "tf-checkpoints.tar.xz")
 WAITING = ("test_nodes.py", "test_torchrun.py", "test_slurm.py", "test_resume.py")
 """They start processes and wait for them: first, so that they do not stand alone at the end."""
-pytest_plugins = ["tests.processor_time"]
+pytest_plugins = ["tests.processor_time", "tests.smoke"]
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 # Where there is no GPU the fused kernels run in Triton's interpreter, which must be chosen before triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Every parser of a recipe reads the docstrings of its sections from their source files, half a second each time.
+docstring_parser.parse_from_object = functools.cache(docstring_parser.parse_from_object)
 
 # No deadline: no timing is asserted in a test. Derandomised: a red run can be repeated. `make test` takes few examples,
 # `make test-slow` runs the same tests with --hypothesis-profile thorough.
@@ -73,9 +78,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if os.environ.get(REQUIRE) != "1":
         for package in ("nvidia.dali", "ffcv", "matplotlib"):
             if not _installed(package):
-                reasons[f"no {package} here: tests that need it ({REQUIRE}=1 has them fail)"] = partial(_needs, package)
+                reasons[f"no {package} here: tests that need it ({REQUIRE}=1 has them fail)"] = functools.partial(
+                    _needs, package
+                )
     if not _installed("transformers"):
-        reasons["no transformers here: tests that need it"] = partial(_needs, "transformers")
+        reasons["no transformers here: tests that need it"] = functools.partial(_needs, "transformers")
     for reason, applies in reasons.items():
         left_out = [item for item in items if applies(item)]
         if left_out:
@@ -181,34 +188,60 @@ class RanksPool:
 
     `function(ranks: fastsimclr.ranks.Ranks, *args)` runs in `world` (1 to 4) processes of one thread each, in which
     every warning is an error. It stands at the top level of a test file, which each rank loads; arguments and results
-    are pickled. The processes start at the first call with that `world` and keep their groups. Where a rank raises,
-    RuntimeError with its traceback; where one does not answer in `timeout_s`, TimeoutError naming it. Both end all
-    ranks; the next call starts new ones.
+    are pickled. The processes are forked at the first call with that `world`, from one that has imported all, and keep
+    their groups. Where a rank raises, RuntimeError with its traceback; where one does not answer in `timeout_s`,
+    TimeoutError naming it. Both end the ranks of that `world`; the next call starts new ones.
     """
 
     def __init__(self, timeout_s: float = 180.0) -> None:
         self.timeout_s = timeout_s
-        self._process: subprocess.Popen[bytes] | None = None
+        self._pipes: dict[int, list[Any]] = {}
+        self._folder = tempfile.TemporaryDirectory()
+        self._control, control = socket.socketpair()
+        self._control.settimeout(600.0)  # it imports torch and more
+        worker = Path(__file__).with_name("ranks_worker.py")
+        one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        on_cpu = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+        with control:
+            self._process = subprocess.Popen(
+                [sys.executable, "-W", "error", str(worker), self._folder.name, str(control.fileno())],
+                # Ranks are CPU processes everywhere, whose fused kernels are interpreted.
+                env={**os.environ, **one, **on_cpu, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(worker.parents[1])},
+                pass_fds=[control.fileno()],
+                start_new_session=True,
+            )
+        self._answer()
 
     def __call__(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        if self._process is None:
-            self._start()
-        if world not in self._started:
-            self._started.add(world)
-            self._control.send_bytes(pickle.dumps(world))
+        if world not in self._pipes:
+            pairs = [multiprocessing.Pipe() for _ in range(world)]
+            self._request(b"s", world, [theirs.fileno() for _, theirs in pairs])
+            self._pipes[world] = [mine for mine, _ in pairs]
+            for _, theirs in pairs:
+                theirs.close()
         code = function.__code__
         task = pickle.dumps((code.co_filename, function.__module__, function.__qualname__, pickle.dumps(args)))
         for pipe in self._pipes[world]:
             pipe.send_bytes(task)
         results, errors = self._collect(self._pipes[world])
         if errors or len(results) < world:
-            self.close()
+            self._request(b"e", world)
+            for pipe in self._pipes.pop(world):
+                pipe.close()
         if errors:
             raise RuntimeError("\n".join(f"rank {rank} of {world}: {text}" for rank, text in errors.items()))
         if len(results) < world:
             silent = ", ".join(str(rank) for rank in range(world) if rank not in results)
             raise TimeoutError(f"no answer of rank {silent} of {world} in {self.timeout_s} s")
         return [results[rank] for rank in range(world)]
+
+    def _request(self, kind: bytes, world: int, descriptors: Sequence[int] = ()) -> None:
+        socket.send_fds(self._control, [kind + bytes([world])], list(descriptors))
+        self._answer()
+
+    def _answer(self) -> None:
+        if self._control.recv(1) != b".":
+            raise RuntimeError(f"the process that starts the ranks ended, exit code {self._process.wait()}")
 
     def _collect(self, pipes: list[Any]) -> tuple[dict[int, Any], dict[int, str]]:
         results: dict[int, Any] = {}
@@ -230,40 +263,13 @@ class RanksPool:
                 (results if kind == "result" else errors)[rank] = value
         return results, errors
 
-    def _start(self) -> None:
-        self._folder = tempfile.TemporaryDirectory()
-        self._started: set[int] = set()
-        self._control, control = multiprocessing.Pipe()
-        pairs = [(world, multiprocessing.Pipe()) for world in (1, 2, 3, 4) for _ in range(world)]
-        self._pipes: dict[int, list[Any]] = {}
-        for world, (mine, _) in pairs:
-            self._pipes.setdefault(world, []).append(mine)
-        theirs = [control, *(pair[1] for _, pair in pairs)]
-        worker = Path(__file__).with_name("ranks_worker.py")
-        command = [sys.executable, "-W", "error", str(worker), self._folder.name, str(control.fileno())]
-        command += [f"{world}:{pair[1].fileno()}" for world, pair in pairs]
-        one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        on_cpu = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
-        root = str(worker.parents[1])
-        self._process = subprocess.Popen(
-            command,
-            # Ranks are CPU processes everywhere, whose fused kernels are interpreted.
-            env={**os.environ, **one, **on_cpu, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": root},
-            pass_fds=[pipe.fileno() for pipe in theirs],
-            start_new_session=True,
-        )
-        for pipe in theirs:
-            pipe.close()
-
     def close(self) -> None:
-        """End all ranks; the next call starts anew."""
-        if self._process is None:
-            return
+        """End all ranks."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._process = None
-        for pipe in (self._control, *(pipe for pipes in self._pipes.values() for pipe in pipes)):
+        self._control.close()
+        for pipe in (pipe for pipes in self._pipes.values() for pipe in pipes):
             pipe.close()
         self._folder.cleanup()
 

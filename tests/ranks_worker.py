@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import itertools
 import os
 import pickle
+import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -24,39 +27,55 @@ import fastsimclr.stages  # noqa: F401
 from fastsimclr.ranks import Ranks
 
 WAIT = timedelta(seconds=60)
+MOST = 4  # ranks of one group
 
 
 def main() -> None:
-    """argv: a folder, then file descriptors: the pool's control, and for each number of ranks one for each rank.
+    """argv: a folder, and the file descriptor of the socket to the pool.
 
-    Reads the number of ranks to start from the control, until the pool closes it.
+    Sends a byte when all is imported. Then reads requests of two bytes, until the pool closes the socket, and answers
+    each with one byte: "s" and a number of ranks, with the file descriptor of a pipe for each rank, starts these
+    ranks; "e" and that number ends them.
     """
     gc.collect()
     gc.freeze()  # in the ranks no collection goes through what they share
-    folder, control = sys.argv[1], Connection(int(sys.argv[2]))
-    pipes: dict[int, list[Connection]] = {}
-    for item in sys.argv[3:]:
-        world, descriptor = item.split(":")
-        pipes.setdefault(int(world), []).append(Connection(int(descriptor)))
+    folder, control = sys.argv[1], socket.socket(fileno=int(sys.argv[2]))
+    running: dict[int, list[int]] = {}
+    meetings = itertools.count()
+    control.sendall(b".")
     while True:
-        try:
-            world = pickle.loads(control.recv_bytes())
-        except EOFError:
+        request, descriptors, _, _ = socket.recv_fds(control, 2, MOST)
+        if not request:
             return
-        for rank in range(world):
-            if os.fork() == 0:
-                mine = pipes[world][rank]
-                for pipe in (control, *(pipe for others in pipes.values() for pipe in others)):
-                    if pipe is not mine:
-                        pipe.close()
-                status = 1
-                try:
-                    serve(connect(rank, world, f"{folder}/{world}"), mine)
-                    status = 0
-                finally:
-                    os._exit(status)
-        for pipe in pipes.pop(world):
-            pipe.close()  # so that the pool sees the end of a rank
+        world = request[1]
+        if request[:1] == b"s":
+            meeting = f"{folder}/{next(meetings)}"
+            pipes = [Connection(descriptor) for descriptor in descriptors]
+            running[world] = [fork(rank, world, meeting, control, pipes) for rank in range(world)]
+            for pipe in pipes:
+                pipe.close()  # so that the pool sees the end of a rank
+        else:
+            for pid in running.pop(world):
+                os.kill(pid, signal.SIGKILL)  # one that has ended is there until it is waited for
+                os.waitpid(pid, 0)
+        control.sendall(b".")
+
+
+def fork(rank: int, world: int, meeting: str, control: socket.socket, pipes: list[Connection]) -> int:
+    """Start a rank, which serves until the pool closes its pipe; its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    control.close()
+    for pipe in pipes:
+        if pipe is not pipes[rank]:
+            pipe.close()
+    status = 1
+    try:
+        serve(connect(rank, world, meeting), pipes[rank])
+        status = 0
+    finally:
+        os._exit(status)
 
 
 def connect(rank: int, world: int, meeting: str) -> Ranks:

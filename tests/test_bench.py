@@ -246,6 +246,7 @@ def test_gpu_check_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys
     assert "missing simplejpeg" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_gpu_check_and_benches_need_no_command_line_library() -> None:
     code = (
         "import sys\n"

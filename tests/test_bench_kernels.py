@@ -69,7 +69,13 @@ def check_report(result: dict[str, Any], bench: str, families: list[str]) -> Non
         assert ratio["median"] == pytest.approx(other["ms"]["median"] / mine["ms"]["median"])
 
 
-def test_loss_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_loss_on_the_command_line(
+    whole: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    """Memory and ceilings are measured where slow."""
+    if not whole:
+        request.getfixturevalue("quick")
     path = tmp_path / "loss.json"
     assert main(["bench", "loss", "--smoke", "--device", "cpu", "--json", str(path)]) == 0
     result = json.loads(path.read_text())
@@ -263,6 +269,7 @@ def ones(count: int) -> Callable[[], Callable[[], object]]:
     return partial(partial, torch.ones, count)
 
 
+@pytest.mark.xdist_group("peak memory")  # the server of the fresh processes starts once
 def test_peak_memory_of_a_call() -> None:
     peak = memory.peak_in_child(ones(16), ones(16 * MIB))
     assert 64 * MIB <= peak < 70 * MIB
@@ -276,6 +283,8 @@ def add_to_ones() -> Callable[[], object]:
     return partial(torch.ones(16 * MIB).add_, 1)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("peak memory")
 def test_peak_memory_where_there_is_too_little() -> None:
     with pytest.raises(MemoryError):
         memory.peak_in_child(ones(16), ones(2**56))

@@ -84,7 +84,7 @@ def test_step_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert any("convolution" in name for name in names)
 
 
-@pytest.mark.parametrize("stage", ["linear", "finetune"])
+@pytest.mark.parametrize("stage", [pytest.param("linear", marks=pytest.mark.slow), "finetune"])
 def test_step_of_stages_with_one_view(stage: Stage) -> None:
     result = bench_step(StepBench(device="cpu", smoke=True, stage=stage))
     check_report(result, "step", views=1)
@@ -168,6 +168,7 @@ def test_e2e_of_a_labelled_stage(without_lightly: None) -> None:
     assert baseline.MISSING not in result["notes"]
 
 
+@pytest.mark.slow
 def test_scaling_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "scaling.json"
     options = "--smoke --device cpu --precision fp32 --threads 1 --stage finetune"
@@ -194,6 +195,7 @@ def test_scaling_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "not how a cluster scales" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_scaling_says_why_its_ranks_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     config = ScalingBench(device="cpu", smoke=True)
     monkeypatch.setattr("fastsimclr.bench.scaling.asdict", lambda config: {"batch": 0})

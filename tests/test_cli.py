@@ -70,19 +70,19 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(rf"^    {command}  +\w", out, re.M)
 
 
-@pytest.mark.parametrize("command", STAGES)
-def test_the_printed_recipe_is_a_recipe_for_every_command(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
-) -> None:
-    code, out, _ = call(capsys, command, "--seed", "7", "--print_config")
-    assert code == 0
-    recipe = parse_recipe(out)
-    assert recipe.seed == 7
-    path = tmp_path / "printed.yaml"
-    path.write_text(out)
-    for other in ("pretrain", "distill", "run"):
-        code, again, err = call(capsys, other, "--config", str(path), "--print_config")
-        assert (code, yaml.safe_load(again)) == (0, yaml.safe_load(out)), err
+def test_the_printed_recipe_is_a_recipe_for_every_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    printed: dict[str, str] = {}  # text: a command that printed it
+    for command in STAGES:
+        code, out, err = call(capsys, command, "--seed", "7", "--print_config")
+        assert code == 0, (command, err)
+        printed.setdefault(out, command)
+    for out, command in printed.items():
+        assert parse_recipe(out).seed == 7, command
+        path = tmp_path / f"{command}.yaml"
+        path.write_text(out)
+        for other in ("pretrain", "distill", "run"):
+            code, again, err = call(capsys, other, "--config", str(path), "--print_config")
+            assert (code, yaml.safe_load(again)) == (0, yaml.safe_load(out)), (command, other, err)
 
 
 def test_demo_is_the_digits_recipe(capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,7 +98,7 @@ def test_every_recipe_parses_and_comes_back(capsys: pytest.CaptureFixture[str], 
     assert parse_recipe(dump_recipe(recipe)) == recipe
     code, out, err = call(capsys, "pretrain", "--config", path.name, "--print_config")
     assert code == 0, err
-    assert parse_recipe(out) == recipe
+    assert yaml.safe_load(out) == yaml.safe_load(dump_recipe(recipe))
 
 
 @pytest.mark.parametrize("words", [["--config", "digits.yaml"], ["--config=digits.yaml"], ["--config", "digits"]])

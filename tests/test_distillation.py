@@ -29,13 +29,13 @@ from fastsimclr.objectives.distillation import Distillation, Ensemble, RecordedD
 from fastsimclr.ranks import Ranks
 from fastsimclr.recipe import DistillConfig, parse_recipe
 from fastsimclr.stages import Setting, protocols
+from fastsimclr.stages.chain import STAGES
 from fastsimclr.stages.distillation import student_of, temperature_of
 from fastsimclr.stages.networks import load_classifier
 from fastsimclr.stages.published import fitting
 from fastsimclr.stages.teachers import RECORD, Teacher, load_teachers, numbered, recorded_logits
+from tests.smoke import SMOKE, SmokeRun
 
-PLAIN = ("--config", "digits.yaml", "--device", "cpu", "--smoke", "--trainer.precision", "fp32")
-SMOKE = (*PLAIN, "--distill.temperature", "null")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FIVE = ("ant", "bee", "cat", "dog", "emu")
 N, K = 6, 5
@@ -327,9 +327,11 @@ def result(run: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole chain with self-distillation, its student of another depth."""
+def chain(smoke_run: SmokeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole chain with self-distillation, its student of another depth; the stages before were done before."""
     out = tmp_path_factory.mktemp("chain") / "out"
+    for stage in STAGES[:-1]:
+        shutil.copytree(smoke_run(stage), out / stage)
     done("run", *SMOKE, "--distill.self_first", "true", "--distill.student.arch", "resnet34", "--out", out)
     return out
 

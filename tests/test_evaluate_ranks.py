@@ -22,6 +22,7 @@ from fastsimclr.ranks import Ranks
 from fastsimclr.recipe import LinearConfig, Recipe, parse_recipe
 from fastsimclr.runtime import Runtime
 from fastsimclr.scores import by_group, calibration, confusion, score
+from tests.smoke import SmokeRun
 
 PLAIN = Policy(size=8, crop="centre", flip=0, jitter=0, grey=0, blur=0, normalise="none")
 CLASSES = 7
@@ -145,14 +146,8 @@ def test_no_image_on_any_rank_is_an_error_on_each(ranks_pool: Pool, tmp_path: Pa
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pretraining run of smoke size."""
-    from fastsimclr.cli import main  # not for the ranks, which load this file
-
-    run = tmp_path_factory.mktemp("ranks") / "pretrain"
-    words = ("--config", "digits.yaml", "--device", "cpu", "--smoke", "--trainer.precision", "fp32")
-    assert main(["pretrain", *words, "--out", str(run)]) == 0
-    return run
+def pretrained(smoke_run: SmokeRun) -> Path:
+    return smoke_run("pretrain")
 
 
 def stages_on(ranks: Ranks, recipe: Recipe, run: Path, out: Path) -> dict[str, dict[str, Any]]:

@@ -76,17 +76,25 @@ def test_the_classifiers_layer_is_asked_for_where_it_cannot_be_known(tiny: Graph
     assert import_tf(bare, tmp_path / "none")["imported"]["classifier"] is None
 
 
-def test_an_imported_run_can_be_fine_tuned_and_evaluated(tiny: Graph, tmp_path: Path) -> None:
+QUICK = ("--smoke", "--device", "cpu", "--trainer.precision", "fp32")
+
+
+@pytest.mark.slow
+def test_an_imported_run_can_be_fine_tuned(tiny: Graph, tmp_path: Path) -> None:
     run = tmp_path / "run"
     import_tf(save(tiny, tmp_path), run)
-    quick = ("--smoke", "--device", "cpu", "--trainer.precision", "fp32")
     tuned = ("--finetune.optim.lr", "0", "--data.labels_per_class", "2")
-    assert main(["finetune", "--from", str(run), "--out", str(tmp_path / "finetune"), *quick, *tuned]) == 0
+    assert main(["finetune", "--from", str(run), "--out", str(tmp_path / "finetune"), *QUICK, *tuned]) == 0
     before = checkpoint.load(checkpoint.newest(run))["objective"]
     after = checkpoint.load(checkpoint.newest(tmp_path / "finetune"))["objective"]
     kept = [key for key in after if key.endswith("weight") and "classifier" not in key]
     assert len(kept) > 40 and all(torch.equal(before[key], after[key]) for key in kept)
-    assert main(["knn", "--from", str(run), "--out", str(tmp_path / "knn"), *quick]) == 0
+
+
+def test_an_imported_run_can_be_evaluated(tiny: Graph, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    import_tf(save(tiny, tmp_path), run)
+    assert main(["knn", "--from", str(run), "--out", str(tmp_path / "knn"), *QUICK]) == 0
     assert json.loads((tmp_path / "knn" / "result.json").read_text())["metrics"]["top1"] > 0
 
 

@@ -45,8 +45,14 @@ def test_state_has_torchvisions_names_and_shapes(arch: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize(
+    ("arch", "training"),
+    [
+        ("resnet18", False),
+        ("resnet50", True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("resnet18", True), ("resnet50", False)]),
+    ],
+)
 def test_torchvisions_weights_give_torchvisions_outputs(arch: str, training: bool) -> None:
     theirs, ours = torchvision_network(arch, 1).train(training), ResNet(arch).train(training)  # type: ignore[arg-type]
     load_torchvision(ours, theirs.state_dict())
@@ -80,8 +86,14 @@ def test_sizes_are_those_of_the_paper(arch: str, width: float, plain: int | None
         assert round((count_parameters(encoder) + statistics) / 1e6) == millions
 
 
-@pytest.mark.parametrize("selective_kernels", [False, True])
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("arch", "selective_kernels"),
+    [
+        *((arch, False) for arch in ARCHS),
+        *((arch, True) for arch in ARCHS[:3]),
+        *(pytest.param(arch, True, marks=pytest.mark.slow) for arch in ARCHS[3:]),
+    ],
+)
 def test_every_depth_gives_features_of_its_width(arch: str, selective_kernels: bool) -> None:
     encoder = on_meta(arch, width=0.5, selective_kernels=selective_kernels)
     assert encoder.out_channels == (256 if arch in ("resnet18", "resnet34") else 1024)

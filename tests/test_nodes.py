@@ -221,6 +221,7 @@ def same(run: Path, expected: Path) -> None:
     assert distance(run, expected) < 1e-8  # float64
 
 
+@pytest.mark.slow
 def test_two_machines_are_one_process(
     machines: Machines, alone: Callable[[int], Path], tmp_path: Path, cleanup: list[Process]
 ) -> None:
@@ -257,6 +258,7 @@ def supervised(machines: Machines, machine: int, port: int, run: Path, conf: str
     )
 
 
+@pytest.mark.slow
 def test_killed_machines_come_back_and_the_run_goes_on(
     machines: Machines, alone: Callable[[int], Path], tmp_path: Path, cleanup: list[Process]
 ) -> None:
@@ -284,6 +286,7 @@ def test_killed_machines_come_back_and_the_run_goes_on(
     same(run, alone(2))
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_without_a_machine_that_is_gone(
     machines: Machines, alone: Callable[[int], Path], tmp_path: Path, cleanup: list[Process]
 ) -> None:
@@ -311,6 +314,7 @@ def test_the_run_goes_on_without_a_machine_that_is_gone(
     same(run, alone(2))
 
 
+@pytest.mark.slow
 def test_torchrun_starts_ranks_again_on_one_machine(
     alone: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +329,7 @@ def test_torchrun_starts_ranks_again_on_one_machine(
     same(run, alone(2))
 
 
+@pytest.mark.slow
 def test_a_store_that_hangs_is_named(tmp_path: Path, cleanup: list[Process]) -> None:
     """As where the machine of rank 0 is cut off: nothing answers, and nothing is closed."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -340,3 +345,27 @@ def test_a_store_that_hangs_is_named(tmp_path: Path, cleanup: list[Process]) -> 
     (line,) = errors(two.said)
     assert re.match(r"error: rank 0 at \S+, which keeps the store of the run, does not answer", line), two.said
     wait_until(lambda: _ended(one), two, timeout_s=30)
+
+
+def node_script(stand: Path, torchrun: str, **environment: str) -> tuple[int, list[str]]:
+    """(exit code of docs/node.sh, the words of each start of a stand-in for torchrun that then does `torchrun`)."""
+    stand.mkdir()
+    (stand / "torchrun").write_text(f'#!/usr/bin/env bash\necho "$@" >> {stand}/starts\n{torchrun}\n')
+    (stand / "torchrun").chmod(0o755)
+    environment |= {"PATH": f"{stand}:{os.environ['PATH']}", "ENDPOINT": "node0:29500", "PAUSE": "0"}
+    command = ["bash", str(ROOT / "docs" / "node.sh"), "pretrain", "--out", "x"]
+    code = subprocess.run(command, env={**os.environ, **environment}, timeout=60).returncode
+    return code, (stand / "starts").read_text().splitlines()
+
+
+def test_the_script_of_a_machine_starts_again_what_gave_up(tmp_path: Path) -> None:
+    once = f"[[ $(wc -l < {tmp_path}/a/starts) -ge 3 ]]"
+    code, starts = node_script(tmp_path / "a", once, NODES="1:2", RANKS_PER_NODE="3", ID="seven")
+    words = "--nnodes 1:2 --nproc-per-node 3 --max-restarts 10 --rdzv-backend c10d --rdzv-endpoint node0:29500"
+    assert (code, starts) == (0, [f"{words} --rdzv-id seven -m fastsimclr pretrain --out x --resume auto"] * 3)
+    code, starts = node_script(tmp_path / "b", "exit 5", STARTS="2")
+    assert (code, len(starts)) == (5, 2)
+    code, starts = node_script(tmp_path / "c", "kill -TERM $PPID; exit 143")
+    assert (code, len(starts)) == (143, 1), "SIGTERM ends it for good"
+    code, starts = node_script(tmp_path / "d", '[[ "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" == 1 ]]', STARTS="1")
+    assert (code, len(starts)) == (0, 1)

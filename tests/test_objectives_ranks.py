@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -219,14 +220,41 @@ def limit(name: str) -> float:
     return 1e-6 if "SK" in name else 1e-8
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("groups", [1, 2, 4])
+def cases(settings: Sequence[tuple[int, ...]], chosen: Mapping[str, Sequence[tuple[int, ...]]]) -> list[ParameterSet]:
+    """Every objective with every setting; those that are not chosen are slow. None chosen: the first setting."""
+    return [
+        pytest.param(name, *setting, marks=[] if setting in chosen.get(name, settings[:1]) else [pytest.mark.slow])
+        for name in OBJECTIVES
+        for setting in settings
+    ]
+
+
+GROUPS = [(4,), (1,), (2,)]
+RANKS = [(2, 1), (4, 2), (4, 4), (2, 2), (4, 1)]
+MICRO = [(4,), (8,), (16,)]
+EACH = ("contrastive, paper", "cross-entropy", "distillation, labels")
+"""Of each family one, with every setting; the others with those where their own code meets ranks, groups and parts."""
+
+
+@pytest.mark.parametrize(("name", "groups"), cases(GROUPS, dict.fromkeys(EACH, GROUPS)))
 def test_one_process_is_plain_torch(name: str, groups: int) -> None:
     assert error(train(Ranks(), name, IMAGES, groups), oracle(name, IMAGES, groups)) <= limit(name)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize(("world", "groups"), [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
+@pytest.mark.parametrize(
+    ("name", "world", "groups"),
+    cases(
+        RANKS,
+        {
+            "contrastive, paper": RANKS,
+            "contrastive, google": [(2, 1), (2, 2)],
+            "cross-entropy": [(4, 1), (4, 2), (4, 4)],
+            "cross-entropy, frozen BN": [(2, 1), (4, 4)],
+            "distillation": [(4, 2), (2, 2)],
+            "distillation, labels": [(2, 1), (4, 2), (4, 4)],
+        },
+    ),
+)
 def test_ranks_are_one_process(ranks_pool: Pool, name: str, world: int, groups: int) -> None:
     expected = oracle(name, IMAGES, groups)
     worst = max(error(record, expected) for record in ranks_pool(world, train, name, IMAGES, groups))
@@ -241,15 +269,26 @@ def test_groups_that_cross_ranks(ranks_pool: Pool, name: str, world: int, groups
     assert max(error(record, expected) for record in ranks_pool(world, train, name, 12, groups)) <= 1e-8
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("micro", [4, 8, 16])
+@pytest.mark.parametrize(("name", "micro"), cases(MICRO, dict.fromkeys(EACH, MICRO)))
 def test_micro_batches_are_groups_of_one_batch(name: str, micro: int) -> None:
     """Loss, gradients, metrics and running statistics; frozen BN knows no groups and is the whole batch to the bit."""
     assert error(train(Ranks(), name, IMAGES, 1, micro), oracle(name, IMAGES, IMAGES // micro)) <= limit(name)
 
 
-@pytest.mark.parametrize("name", ["contrastive, paper", "contrastive, google", "distillation, labels"])
-@pytest.mark.parametrize(("world", "groups", "micro"), [(2, 1, 2), (2, 2, 4), (4, 2, 2)])
+@pytest.mark.parametrize(
+    ("name", "world", "groups", "micro"),
+    [
+        ("contrastive, paper", 2, 1, 2),
+        ("contrastive, paper", 2, 2, 4),
+        ("contrastive, paper", 4, 2, 2),
+        ("contrastive, google", 2, 1, 2),
+        pytest.param("contrastive, google", 2, 2, 4, marks=pytest.mark.slow),
+        pytest.param("contrastive, google", 4, 2, 2, marks=pytest.mark.slow),
+        pytest.param("distillation, labels", 2, 1, 2, marks=pytest.mark.slow),
+        ("distillation, labels", 2, 2, 4),
+        ("distillation, labels", 4, 2, 2),
+    ],
+)
 def test_micro_batches_of_ranks_are_one_process(
     ranks_pool: Pool, name: str, world: int, groups: int, micro: int
 ) -> None:

@@ -355,8 +355,10 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("unscale_first", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "fused"])
+@pytest.mark.parametrize(
+    ("backend", "unscale_first"),
+    [("reference", False), ("reference", True), ("fused", False), pytest.param("fused", True, marks=pytest.mark.slow)],
+)
 def test_the_loss_scaler_waits_for_nothing_and_skips_an_overflow(backend: Backend, unscale_first: bool) -> None:
     """Steps under torch.amp.GradScaler equal steps without; step 1 overflows and halves the scale."""
     scaled, plain = net(), net()

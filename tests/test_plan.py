@@ -56,7 +56,7 @@ def recipe(name: str, **changes: Any) -> Recipe:
         (R50, 224, 4.09),
         (R18, 32, 0.557),
         (ModelConfig(arch="resnet18", head_layers=2), 224, 1.81),
-        (ModelConfig(arch="resnet152", head_layers=2), 224, 11.5),
+        pytest.param(ModelConfig(arch="resnet152", head_layers=2), 224, 11.5, marks=pytest.mark.slow),
     ],
 )
 def test_multiply_adds_of_known_networks(model: ModelConfig, size: int, gmac: float) -> None:
@@ -383,6 +383,7 @@ def test_the_published_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(point.name in out for point in published.POINTS) and "7,160" in out
 
 
+@pytest.mark.slow
 def test_our_own_measurements_are_predicted(capsys: pytest.CaptureFixture[str]) -> None:
     """The report in docs: every configuration that its fit did not see is predicted within 25 %."""
     rows = read_reports([str(REPORT)])

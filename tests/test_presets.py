@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from dataclasses import replace
@@ -18,6 +19,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 IMAGENET, ONE_PERCENT, CIFAR, STL = 1_281_167, 12_811, 50_000, 105_000
 
 
+@functools.cache
 def recipe(name: str) -> Recipe:
     return parse_recipe((CONFIGS / f"{name}.yaml").read_text())
 
@@ -29,7 +31,7 @@ def schedule(config: Any, n: int) -> Schedule:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_read_and_says_how_to_start_it(path: Path) -> None:
-    parse_recipe(path.read_text())
+    assert isinstance(recipe(path.stem), Recipe)
     head = path.read_text().split("\ndata:")[0]
     words = " ".join(head.replace("#", " ").split())  # a command may take several lines
     assert re.search(
@@ -43,7 +45,17 @@ def test_every_recipe_is_read_and_says_how_to_start_it(path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+FAST = ("v1-paper", "cifar10_r18_1000")
+"""Trained in the fast tests: global BN and another architecture; tests/test_memory.py has v2-paper."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[] if path.stem in FAST else [pytest.mark.slow], id=path.stem)
+        for path in sorted(CONFIGS.glob("*.yaml"))
+    ],
+)
 def test_every_recipe_trains(path: Path, tmp_path: Path) -> None:
     """At smoke size, on noise."""
     noise = ["--data.source", "synthetic", "--data.root", "null", "--data.synthetic_size", "32"]

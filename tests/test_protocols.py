@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from fastsimclr.cli import main
 from fastsimclr.loaders import DataError
 from fastsimclr.recipe import EvaluateConfig, Recipe, changes, dump_recipe, parse_recipe
 from fastsimclr.stages import protocols
+from tests.smoke import SmokeRun
 
 QUICK = ("--device", "cpu", "--smoke", "--trainer.precision", "fp32", "--model.arch", "resnet18")
 FOLDERS = ["knn", "logistic", "linear", "finetune-1", "finetune-10"]
@@ -32,10 +34,9 @@ def evaluation(out: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("protocols") / "pretrain"
-    done("pretrain", "--config", "digits.yaml", *QUICK, "--out", run)
-    return run
+def pretrained(smoke_run: SmokeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, as `evaluate` writes into the folder that holds it."""
+    return Path(shutil.copytree(smoke_run("pretrain"), tmp_path_factory.mktemp("protocols") / "pretrain"))
 
 
 @pytest.fixture(scope="module")

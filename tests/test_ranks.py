@@ -109,7 +109,7 @@ def stopped(ranks: Ranks, run: Path, rank: int, moment: int, checkpoint_every_st
     return "ran to the end"
 
 
-@pytest.mark.parametrize(("world", "rank"), [(2, 0), (4, 3)])
+@pytest.mark.parametrize(("world", "rank"), [(2, 0), (2, 1), pytest.param(4, 3, marks=pytest.mark.slow)])
 def test_sigterm_to_one_rank_stops_all_at_one_step(ranks_pool: Pool, tmp_path: Path, world: int, rank: int) -> None:
     said = ranks_pool(world, stopped, tmp_path, rank, 3, 100)
     (saved,) = checkpoint.saved(tmp_path)

@@ -276,18 +276,26 @@ def chosen(ranks: Ranks, free: list[int], loader: str) -> tuple[str, Any]:
         return name, ids
 
 
-def test_all_ranks_choose_alike_by_the_one_with_the_least_memory(ranks_pool: Pool) -> None:
-    total = 1438 * 192
-    fits = "resident, one copy for the 2 ranks of a machine: 270 KiB decoded, the limit of 270 KiB a machine"
-    over = "native, not resident: digits:train takes 270 KiB decoded, over the limit of 270 KiB a machine"
-    for free, loader, name in (
-        ([2 * total, 2 * total + 7], "auto", fits),
-        ([2 * total - 2, 10 * total], "auto", over),
-        ([10 * total, 10 * total], "native", "native"),
-    ):
-        found = ranks_pool(2, chosen, free, loader)
-        assert [said for said, _ in found] == [name, name]
-        assert [index for _, ids in found for index in ids] == list(range(1438))
+FITS = "resident, one copy for the 2 ranks of a machine: 270 KiB decoded, the limit of 270 KiB a machine"
+OVER = "native, not resident: digits:train takes 270 KiB decoded, over the limit of 270 KiB a machine"
+DIGITS = 1438 * 192  # bytes
+
+
+@pytest.mark.parametrize(
+    ("free", "loader", "name"),
+    [
+        ([2 * DIGITS, 2 * DIGITS + 7], "auto", FITS),
+        ([2 * DIGITS - 2, 10 * DIGITS], "auto", OVER),
+        ([10 * DIGITS, 10 * DIGITS], "native", "native"),
+    ],
+    ids=["fits", "over", "native"],
+)
+def test_all_ranks_choose_alike_by_the_one_with_the_least_memory(
+    ranks_pool: Pool, free: list[int], loader: str, name: str
+) -> None:
+    found = ranks_pool(2, chosen, free, loader)
+    assert [said for said, _ in found] == [name, name]
+    assert [index for _, ids in found for index in ids] == list(range(1438))
 
 
 class Unreadable(FileSource):
@@ -347,15 +355,22 @@ def training(ranks: Ranks, run: Path, how: How, stop_at: int | None) -> tuple[st
     return "", {key: value for key, value in trainer.last.items() if key in ("loss", "accuracy")}, asked
 
 
-def test_training_with_exchanges(ranks_pool: Pool, tmp_path: Path) -> None:
-    whole = ranks_pool(2, training, tmp_path / "shared", "shared", None)
-    exchanged = ranks_pool(2, training, tmp_path / "sharded", "sharded", None)
-    assert exchanged == whole
-    assert [asked for *_, asked in whole] == [40, 40]
+@pytest.fixture(scope="module")
+def trained(ranks_pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What the ranks return of a training whose data each of them sees as a whole."""
+    return ranks_pool(2, training, tmp_path_factory.mktemp("trained") / "shared", "shared", None)
+
+
+def test_training_with_exchanges(ranks_pool: Pool, trained: list[Any], tmp_path: Path) -> None:
+    assert ranks_pool(2, training, tmp_path / "sharded", "sharded", None) == trained
+    assert [asked for *_, asked in trained] == [40, 40]
+
+
+def test_training_with_exchanges_goes_on_after_a_stop(ranks_pool: Pool, trained: list[Any], tmp_path: Path) -> None:
     stopped = ranks_pool(2, training, tmp_path / "stopped", "sharded", 5)
     assert all(f"stopped at step 7 of {TOTAL}" in text for text, *_ in stopped)
     assert [last for _, last, _ in ranks_pool(2, training, tmp_path / "stopped", "sharded", None)] == [
-        last for _, last, _ in whole
+        last for _, last, _ in trained
     ]
 
 

@@ -18,6 +18,7 @@ import torch
 from fastsimclr import checkpoint
 from fastsimclr.runlog import read_records
 
+pytestmark = pytest.mark.slow  # the same in one process: tests/test_trainer.py
 ROOT = Path(__file__).parents[1]
 TOTAL = 900 // 64 + 1
 # Of 1,000 images 900 are for training; noise, for scikit-learn's digits take every process a second to import.

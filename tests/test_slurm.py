@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from fastsimclr import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -32,9 +34,9 @@ esac""",
 }
 
 
-def start(stand: Path, run: Path) -> subprocess.Popen[str]:
+def start(stand: Path, run: Path, **stand_ins: str) -> subprocess.Popen[str]:
     stand.mkdir(exist_ok=True)
-    for name, text in STAND_INS.items():
+    for name, text in (STAND_INS | stand_ins).items():
         (stand / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (stand / name).chmod(0o755)
     words = (
@@ -65,6 +67,7 @@ def start(stand: Path, run: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_stop_is_saved_and_requeued_and_the_next_start_ends_the_run(tmp_path: Path) -> None:
     stand, run = tmp_path / "stand", tmp_path / "run"
     first = start(stand, run)
@@ -85,3 +88,39 @@ def test_a_stop_is_saved_and_requeued_and_the_next_start_ends_the_run(tmp_path: 
     assert f"resumed from {saved}" in said
     assert (run / "result.json").is_file()
     assert (stand / "requeued").read_text() == f"{os.getpid()}\n"
+
+
+# Notes its words, and runs until SIGTERM; with --help it names the options that it knows.
+TORCHRUN = """if [[ $1 == --help ]]; then echo "  --shutdown_timeout SECONDS"; exit; fi
+trap 'exit 143' TERM
+echo "$@" >> "$STAND/words"
+while :; do sleep 0.05; done"""
+
+
+def test_the_script_starts_an_agent_on_each_node_and_requeues_after_sigterm(tmp_path: Path) -> None:
+    """The script alone: no agent is a process of Python."""
+    stand, run = tmp_path / "stand", tmp_path / "run"
+    script = start(stand, run, torchrun=TORCHRUN)
+    words = stand / "words"
+    while not (words.is_file() and words.read_text().count("\n") == 2 and (stand / "pids").is_file()):
+        assert script.poll() is None, script.communicate()[0]
+        time.sleep(0.01)
+    script.send_signal(signal.SIGTERM)
+    said = script.communicate(timeout=60)[0]
+    assert script.returncode == 0, said
+    assert (stand / "requeued").read_text() == f"{os.getpid()}\n"
+    assert (stand / "cpus").read_text() == "2\n"
+    one, other = words.read_text().splitlines()
+    port = 20000 + os.getpid() % 20000
+    assert one == other and one.startswith(
+        f"--nnodes 2 --nproc-per-node 1 --shutdown_timeout 100 --rdzv-backend c10d --rdzv-endpoint localhost:{port}"
+        f" --rdzv-id {os.getpid()}-0 -m fastsimclr pretrain --config digits.yaml"
+    )
+    assert one.endswith(f"--out {run} --resume auto")
+
+
+def test_the_script_hands_on_the_exit_code(tmp_path: Path) -> None:
+    script = start(tmp_path / "stand", tmp_path / "run", torchrun="exit 3")
+    said = script.communicate(timeout=60)[0]
+    assert script.returncode == 3, said
+    assert not (tmp_path / "stand" / "requeued").exists()

@@ -18,8 +18,9 @@ from fastsimclr.recipe import parse_recipe
 from fastsimclr.runlog import read_records
 from fastsimclr.stages import chain
 from fastsimclr.stopping import Stopped
+from tests.smoke import SMOKE, SmokeRun
 
-SMOKE = ("--config", "digits.yaml", "--device", "cpu", "--smoke", "--trainer.precision", "fp32")
+RUNS = ("pretrain", "linear", "sgd", "knn", "finetune", "distill", "supervised")
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
@@ -45,16 +46,9 @@ def result(run: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run of every command: pretrain, linear, sgd, knn, finetune, distill, supervised."""
-    root = tmp_path_factory.mktemp("runs")
-    done("pretrain", *SMOKE, "--out", root / "pretrain", "--pretrain.probe_every_epochs", 1)
-    done("linear", "--from", root / "pretrain", "--out", root / "linear")
-    done("linear", "--from", root / "pretrain", "--out", root / "sgd", "--linear.method", "sgd")
-    done("knn", "--from", root / "pretrain", "--out", root / "knn")
-    done("finetune", "--from", root / "pretrain", "--out", root / "finetune")
-    done("distill", "--teacher", root / "finetune", "--out", root / "distill", "--student", "resnet34")
-    done("supervised", *SMOKE, "--out", root / "supervised")
+def runs(smoke_run: SmokeRun) -> Path:
+    """A folder with one run of every command: pretrain, linear, sgd, knn, finetune, distill, supervised."""
+    (root,) = {smoke_run(name).parent for name in RUNS}
     return root
 
 
@@ -62,7 +56,7 @@ def copy(runs: Path, name: str, to: Path) -> Path:
     return Path(shutil.copytree(runs / name, to / name))
 
 
-@pytest.mark.parametrize("name", ["pretrain", "linear", "sgd", "knn", "finetune", "distill", "supervised"])
+@pytest.mark.parametrize("name", RUNS)
 def test_every_result_names_what_made_it(runs: Path, name: str) -> None:
     found = result(runs / name)
     assert found["stage"] == ("linear" if name == "sgd" else name)
@@ -118,10 +112,13 @@ def test_the_teacher_is_carried_unchanged(runs: Path) -> None:
     assert result(runs / "distill")["metrics"]["teacher_top1"] == result(runs / "finetune")["metrics"]["top1"]
 
 
-def test_networks_of_any_stage_can_be_evaluated(runs: Path, tmp_path: Path) -> None:
+def test_a_distilled_network_can_be_evaluated(runs: Path, tmp_path: Path) -> None:
     done("knn", "--from", runs / "distill", "--out", tmp_path / "knn")
     # The untrained network beside it is the student's architecture, too.
     assert result(tmp_path / "knn")["metrics"]["untrained_top1"] > 0
+
+
+def test_a_supervised_checkpoint_can_be_evaluated(runs: Path, tmp_path: Path) -> None:
     done("linear", "--from", checkpoint.newest(runs / "supervised"), "--out", tmp_path / "linear")
 
 
@@ -300,17 +297,24 @@ def test_probes_without_labels_are_left_out(folder: Path, tmp_path: Path) -> Non
     assert {record["kind"] for record in read_records(run / "metrics.jsonl")} == {"train"}
 
 
-def test_networks_that_do_not_fit_are_refused(capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path) -> None:
+def test_networks_of_the_wrong_stage_are_refused(
+    capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path
+) -> None:
     out = ("--out", tmp_path / "out")
     line = refused(capsys, "finetune", "--from", runs / "finetune", *out)
     assert "is of stage finetune, which has no projection head" in line and "pretrain run" in line
     line = refused(capsys, "distill", "--teacher", runs / "pretrain", *out)
     assert "is of stage pretrain, which has no classifier" in line and "finetune" in line
+    line = refused(capsys, "finetune", "--from", runs, *out)
+    assert "is not a run folder" in line and "give one of the runs in it: distill, finetune" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_networks_that_do_not_fit_are_refused(capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "out")
     line = refused(capsys, "finetune", "--from", runs / "pretrain", *out, "--model.width", "0.5")
     assert "model.width=0.5" in line and "0.125" in line
     assert "head" in refused(capsys, "finetune", "--from", runs / "pretrain", *out, "--finetune.head_layer", "3")
-    line = refused(capsys, "finetune", "--from", runs, *out)
-    assert "is not a run folder" in line and "give one of the runs in it: distill, finetune" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -327,23 +331,21 @@ def test_damaged_and_foreign_checkpoints_by_command(
     run = copy(runs, "pretrain", tmp_path)
     path = checkpoint.newest(run)
     whole = path.read_bytes()
-    commands = (("linear", "--from", run), ("pretrain", *SMOKE, "--out", run, "--resume", "auto"))
+    linear, resume = ("linear", "--from", run), ("pretrain", *SMOKE, "--out", run, "--resume", "auto")
     state = torch.load(path, weights_only=True)
     narrow = dict(state["objective"])
     narrow["network.head.extra"] = torch.ones(1)
-    for content, named in (
-        (whole[: len(whole) // 2], "truncated"),
-        (b"", "truncated"),
-        ({"weights": torch.ones(2)}, "not written by fastsimclr"),
-        ({**state, "format": 7}, "format 7"),
-        ({**state, "objective": narrow}, "does not fit the model"),
+    # tests/test_checkpoint.py has what a file may hold; `linear` takes the encoder alone.
+    for content, named, command in (
+        (whole[: len(whole) // 2], "truncated", linear),
+        (b"", "truncated", resume),
+        ({"weights": torch.ones(2)}, "not written by fastsimclr", resume),
+        ({**state, "format": 7}, "format 7", linear),
+        ({**state, "objective": narrow}, "does not fit the model", resume),
     ):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        for command in commands:
-            if named == "does not fit the model" and command[0] == "linear":
-                continue  # takes the encoder alone
-            line = refused(capsys, *command)
-            assert str(path) in line and named in line, line
+        line = refused(capsys, *command)
+        assert str(path) in line and named in line, line
     path.unlink()
     assert f"run folder {run} holds no checkpoint" in refused(capsys, "knn", "--from", run)
 

@@ -156,6 +156,16 @@ def blocks_run(given: Job) -> Counter[str]:
     return seen
 
 
+def test_compile_reaches_the_encoder_and_its_momentum_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[ResNet] = []
+    monkeypatch.setattr(ResNet, "compile", lambda module: compiled.append(module))
+    given = memory_job(tmp_path)
+    fit(given, compile=True)
+    assert compiled == [module for module in given.objective.modules() if isinstance(module, ResNet)]
+    assert len(compiled) == 2
+
+
+@pytest.mark.slow
 def test_a_compiled_encoder_and_its_momentum_copy_train_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a small rate, as training amplifies rounding; traced and split as always, without a minute of C++."""
     monkeypatch.setattr(ResNet, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager"))

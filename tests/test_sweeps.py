@@ -24,8 +24,7 @@ from fastsimclr.recipe import LinearConfig, parse_recipe
 from fastsimclr.stages import Setting, evaluation
 from fastsimclr.stages.networks import load_classifier, load_encoder
 from fastsimclr.stages.training import classifier_score
-
-SMOKE = ("--config", "digits.yaml", "--device", "cpu", "--smoke", "--trainer.precision", "fp32")
+from tests.smoke import SmokeRun
 
 
 def net() -> ClassifierNet:
@@ -103,10 +102,8 @@ def test_neighbours_that_cannot_be_are_refused(text: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("sweeps") / "pretrain"
-    assert main(["pretrain", *SMOKE, "--out", str(run)]) == 0
-    return run
+def pretrained(smoke_run: SmokeRun) -> Path:
+    return smoke_run("pretrain")
 
 
 def stage(command: str, pretrained: Path, out: Path, *words: str) -> dict[str, Any]:
@@ -226,13 +223,12 @@ def test_a_table_of_neighbours(pretrained: Path, tmp_path: Path) -> None:
     assert sum(entry["images"] for entry in alone["per_class"]) == 64
 
 
-def test_every_classifier_says_how_it_does_by_class(pretrained: Path, tmp_path: Path) -> None:
-    runs = {"finetune": ["--from", pretrained], "supervised": SMOKE, "distill": ["--teacher", tmp_path / "finetune"]}
-    for command, words in runs.items():
-        assert main([command, *map(str, words), "--out", str(tmp_path / command)]) == 0
-        found = json.loads((tmp_path / command / "result.json").read_text())
+def test_every_classifier_says_how_it_does_by_class(smoke_run: SmokeRun) -> None:
+    for command in ("finetune", "supervised", "distill"):
+        run = smoke_run(command)
+        found = json.loads((run / "result.json").read_text())
         assert [entry["name"] for entry in found["per_class"]] == [str(digit) for digit in range(10)]
-        setting = Setting(parse_recipe((tmp_path / command / "recipe.yaml").read_text()))
+        setting = Setting(parse_recipe((run / "recipe.yaml").read_text()))
         images = np.bincount(setting.splits.val.labels, minlength=10).tolist()
         assert [entry["images"] for entry in found["per_class"]] == images
         assert sum(entry["correct"] for entry in found["per_class"]) == round(64 * found["metrics"]["top1"])

@@ -121,6 +121,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_killed_at_four_ranks_and_resumed_at_fewer(alone: Path, killed: Path, tmp_path: Path, ranks: int) -> None:
     run = tmp_path / "run"
@@ -136,7 +137,7 @@ def test_killed_at_four_ranks_and_resumed_at_fewer(alone: Path, killed: Path, tm
     np.testing.assert_allclose([r["loss"] for r in records], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("everyone", [False, True])
+@pytest.mark.parametrize("everyone", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sigterm_saves_once_at_one_step(tmp_path: Path, everyone: bool) -> None:
     run = tmp_path / "stopped"
     all_of_them = Run(2, *PRETRAIN, "--trainer.checkpoint_every_steps", "1000", "--out", str(run))
@@ -151,6 +152,7 @@ def test_sigterm_saves_once_at_one_step(tmp_path: Path, everyone: bool) -> None:
     assert errors(said) == []
 
 
+@pytest.mark.slow
 def test_the_failing_rank_is_named_and_the_others_end(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for index in range(64):
@@ -171,6 +173,7 @@ def test_the_failing_rank_is_named_and_the_others_end(tmp_path: Path) -> None:
     assert time.monotonic() - started < 80
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
     run = tmp_path / "hung"
     two = Run(2, *PRETRAIN, "--trainer.timeout_s", "5", "--out", str(run))
@@ -191,6 +194,7 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
     assert "shows no sign of life" in line
 
 
+@pytest.mark.slow
 def test_the_whole_chain_on_two_ranks(tmp_path: Path) -> None:
     code, said = Run(2, "run", "--config", "digits.yaml", "--smoke", "--device", "cpu", "--out", str(tmp_path)).end()
     assert code == 0, said
@@ -200,6 +204,7 @@ def test_the_whole_chain_on_two_ranks(tmp_path: Path) -> None:
     assert said.count("done before") == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -128,6 +128,22 @@ def steps(run: Path, kind: str = "train") -> list[int]:
     return [record["step"] for record in read_records(run / "metrics.jsonl") if record["kind"] == kind]
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `fit(job(run))`, to the end."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    fit(job(run))
+    return run
+
+
+@pytest.fixture(scope="module")
+def each_step(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a record of each step."""
+    run = tmp_path_factory.mktemp("each") / "run"
+    fit(job(run), log_every_steps=1)
+    return run
+
+
 @pytest.mark.parametrize(
     ("kind", "optimizer", "signum"),
     [
@@ -181,34 +197,32 @@ def test_handlers_are_put_back() -> None:
 
 
 @pytest.mark.parametrize("crash_at", [1, 4, 5, 7])
-def test_a_crash_costs_only_the_steps_since_the_last_checkpoint(tmp_path: Path, crash_at: int) -> None:
+def test_a_crash_costs_only_the_steps_since_the_last_checkpoint(each_step: Path, tmp_path: Path, crash_at: int) -> None:
     def crash() -> None:
         raise MemoryError("as if")
 
-    fit(job(tmp_path / "alone"), log_every_steps=1)
     run = tmp_path / "crashed"
     with pytest.raises(MemoryError):
         fit(job(run, hooks=(At(crash_at, crash),)), log_every_steps=1)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # the line that was being written
     fit(job(run, resume=True), log_every_steps=1)
-    assert_bitwise_equal(final(tmp_path / "alone"), final(run))
+    assert_bitwise_equal(final(each_step), final(run))
     assert steps(run) == list(range(1, TOTAL + 1))
 
     def losses(run: Path) -> list[float]:
         return [record["loss"] for record in read_records(run / "metrics.jsonl")]
 
-    assert losses(run) == losses(tmp_path / "alone")
+    assert losses(run) == losses(each_step)
 
 
-def test_the_number_of_loader_threads_changes_nothing(tmp_path: Path) -> None:
-    fit(job(tmp_path / "one", threads=1))
-    fit(job(tmp_path / "three", threads=3))
-    assert_bitwise_equal(final(tmp_path / "one"), final(tmp_path / "three"))
+def test_the_number_of_loader_threads_changes_nothing(finished: Path, tmp_path: Path) -> None:
+    fit(job(tmp_path, threads=3))
+    assert_bitwise_equal(final(finished), final(tmp_path))
 
 
-def test_probes_change_nothing_in_the_training(tmp_path: Path) -> None:
-    given = job(tmp_path / "probed")
+def test_probes_change_nothing_in_the_training(finished: Path, tmp_path: Path) -> None:
+    given = job(tmp_path)
 
     class Probe:
         kind = "probe"
@@ -220,18 +234,15 @@ def test_probes_change_nothing_in_the_training(tmp_path: Path) -> None:
             given.objective.eval()
             return {"value": float(step)}
 
-    fit(job(tmp_path / "plain"))
     fit(dataclasses.replace(given, hooks=(Probe(),)))
-    assert steps(tmp_path / "probed", "probe") == [3, 6, 9]
+    assert steps(tmp_path, "probe") == [3, 6, 9]
     # An objective left in evaluation mode would no longer update its BN statistics.
-    assert_bitwise_equal(final(tmp_path / "plain"), final(tmp_path / "probed"))
+    assert_bitwise_equal(final(finished), final(tmp_path))
 
 
-def test_records_are_means_since_the_last_one(tmp_path: Path) -> None:
-    fit(job(tmp_path / "each"), log_every_steps=1)
-    fit(job(tmp_path / "three"), log_every_steps=3, checkpoint_every_steps=100)
-    each = read_records(tmp_path / "each" / "metrics.jsonl")
-    three = read_records(tmp_path / "three" / "metrics.jsonl")
+def test_records_are_means_since_the_last_one(each_step: Path, tmp_path: Path) -> None:
+    fit(job(tmp_path), log_every_steps=3, checkpoint_every_steps=100)
+    each, three = (read_records(run / "metrics.jsonl") for run in (each_step, tmp_path))
     assert [record["step"] for record in three] == [3, 6, 9]
     for k, record in enumerate(three):
         for key in ("loss", "contrastive_top1"):
@@ -324,10 +335,9 @@ def test_low_precision_trains_and_resumes_exactly(tmp_path: Path, precision: str
     assert all(value.dtype in (torch.float32, torch.int64) for value in left["objective"].values())
 
 
-def test_a_resume_across_the_loss_scaler_is_refused(tmp_path: Path) -> None:
-    fit(job(tmp_path))
+def test_a_resume_across_the_loss_scaler_is_refused(finished: Path) -> None:
     with pytest.raises(CheckpointError, match="fp16_scaler=False, this run has fp16_scaler=True"):
-        fit(job(tmp_path, resume=True), Runtime(device=torch.device("cpu"), precision="fp16"))
+        fit(job(finished, resume=True), Runtime(device=torch.device("cpu"), precision="fp16"))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -368,28 +378,27 @@ def test_weights_that_the_last_update_broke_are_not_saved(tmp_path: Path) -> Non
     ],
 )
 def test_a_resume_of_something_else_is_refused(
-    tmp_path: Path, changes: dict[str, Any], key: str, old: str, new: str
+    finished: Path, changes: dict[str, Any], key: str, old: str, new: str
 ) -> None:
-    fit(job(tmp_path))
-    before = (tmp_path / "recipe.yaml").read_text()
+    before = (finished / "recipe.yaml").read_text()
     with pytest.raises(CheckpointError) as info:
-        fit(job(tmp_path, resume=True, recipe="seed: 1\n", **changes))
+        fit(job(finished, resume=True, recipe="seed: 1\n", **changes))
     text = str(info.value)
     assert text.count(f"{key}=") == 2 and old in text and new in text and "step-00000009.pt" in text
-    assert (tmp_path / "recipe.yaml").read_text() == before
+    assert (finished / "recipe.yaml").read_text() == before
 
 
-def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
-    fit(job(tmp_path))
+def test_weights_of_another_shape_are_refused_by_name(finished: Path) -> None:
     other = Contrastive(build_simclr(dataclasses.replace(TINY, width=0.25), 8), temperature=0.2, scaling="paper")
     with pytest.raises(ValueError, match=r"step-00000009\.pt does not fit the model: .* of another shape"):
-        fit(job(tmp_path, resume=True, objective=other))
+        fit(job(finished, resume=True, objective=other))
 
 
-def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
-    fit(job(tmp_path))
+def test_a_folder_with_a_run_is_not_overwritten(finished: Path) -> None:
+    before = checkpoint.newest(finished).read_bytes()
     with pytest.raises(FileExistsError, match=r"already holds step-00000009\.pt; give --resume auto"):
-        fit(job(tmp_path))
+        fit(job(finished))
+    assert checkpoint.newest(finished).read_bytes() == before
 
 
 def test_changed_settings_are_told_and_hold(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -121,6 +121,15 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, task: type, last: int) -> None:
     monkeypatch.setattr(task, "rate", rate)
 
 
+def test_detection_scores_what_it_writes(run: Path, scenes: Path, tmp_path: Path) -> None:
+    result = detect(detection(run, scenes, tmp_path, epochs=1, batch=4, size=SIDE // 2, regions=8))
+    assert json.loads((tmp_path / "result.json").read_text())["metrics"] == result["metrics"]
+    found = json.loads((tmp_path / "predictions.json").read_text())
+    assert found and {entry["image_id"] for entry in found} <= {10, 11, 12, 13}
+    assert average_precision(read_coco(scenes / "boxes.json", scenes / "images"), found) == result["metrics"]
+
+
+@pytest.mark.slow
 def test_detection_learns_its_images(run: Path, scenes: Path, tmp_path: Path) -> None:
     metrics = detect(detection(run, scenes, tmp_path))["metrics"]
     assert metrics["map50"] > 0.7 and metrics["map"] > 0.2  # an untrained network: 0
@@ -131,6 +140,7 @@ def test_detection_learns_its_images(run: Path, scenes: Path, tmp_path: Path) ->
     assert average_precision(read_coco(scenes / "boxes.json", scenes / "images"), swapped)["map50"] < 0.1
 
 
+@pytest.mark.slow
 def test_segmentation_learns_what_it_also_finds_in_a_new_image(
     run: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +168,12 @@ def test_the_body_is_the_encoder_of_the_run_and_its_norms_are_frozen(run: Path) 
     fresh = Body(run, "random", "auto").resnet().state_dict()
     assert not torch.equal(fresh["conv1.weight"], network.state_dict()["conv1.weight"])
     assert "bn1.num_batches_tracked" in fresh
+
+
+@pytest.mark.slow
+def test_the_detector_and_the_segmenter_hold_the_body(run: Path) -> None:
+    body = Body(run, "run", "auto")
+    network = body.resnet()
     held = detector(body, 2, 64).state_dict()
     assert torch.equal(held["backbone.body.layer4.1.conv2.weight"], network.state_dict()["layer4.1.conv2.weight"])
     normalised = Segmenter(body, 3).fcn.backbone.state_dict()

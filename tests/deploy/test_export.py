@@ -22,11 +22,13 @@ from torchvision.transforms.v2 import functional as T
 
 from fastsimclr.deploy import Card, load_safetensors
 from fastsimclr.deploy.export import ExportConfig, export
+from fastsimclr.deploy.graph import _exportable, write_onnx
 from fastsimclr.deploy.images import open_images
 from fastsimclr.deploy.weights import torchvision_state
 from fastsimclr.evaluate import extract
 from fastsimclr.loaders import DataConfig, EvalLoader
 from fastsimclr.models import ClassifierNet, ModelConfig, ResNet, build_classifier
+from fastsimclr.models.selective_kernel import ShortcutPool
 from fastsimclr.recipe import parse_recipe
 from fastsimclr.stages import Setting
 from fastsimclr.stages.imported import import_tf
@@ -35,6 +37,7 @@ from fastsimclr.stages.networks import load_classifier, load_encoder
 MakeRun = Callable[..., Path]
 CLASSES = ("cat, tabby", 'dog "x"', "new\nline", "ä", "e")
 EIGHTH = ModelConfig(arch="resnet18", width=0.125)
+SELECTIVE = replace(EIGHTH, arch="resnet50", selective_kernels=True)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         coarse = Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8))
         coarse.resize(side, Image.Resampling.BICUBIC).save(root / f"{index}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def wide(make_run: MakeRun) -> Path:
+    """A pretraining run of the smallest encoder that torchvision has."""
+    return make_run("pretrain", ModelConfig(arch="resnet18"), 64)
 
 
 def views(run: Path, photos: Path, normalise: str) -> Tensor:
@@ -108,6 +117,7 @@ def test_torchvision_gives_the_same_logits(make_run: MakeRun, photos: Path, tmp_
             close(network(views(run, photos, "auto")[:rows]), expected, rows)
 
 
+@pytest.mark.slow
 def test_torchvision_gives_the_same_logits_with_bottlenecks(make_run: MakeRun, photos: Path, randomise: Any) -> None:
     run = make_run("pretrain", EIGHTH, 64)  # for its views; a resnet50 in a checkpoint takes seconds
     original = randomise(build_classifier(ModelConfig(), 64, len(CLASSES)), 2).eval()
@@ -116,14 +126,13 @@ def test_torchvision_gives_the_same_logits_with_bottlenecks(make_run: MakeRun, p
         close(network(views(run, photos, "auto")), ours(original, run, photos), 5)
 
 
-def test_torchvision_takes_the_encoder_alone(make_run: MakeRun, photos: Path, tmp_path: Path) -> None:
-    run = make_run("pretrain", ModelConfig(arch="resnet18"), 64)
-    state = torch.load(exported(run, "torchvision", tmp_path / "w.pt"), weights_only=True)
+def test_torchvision_takes_the_encoder_alone(wide: Path, photos: Path, tmp_path: Path) -> None:
+    state = torch.load(exported(wide, "torchvision", tmp_path / "w.pt"), weights_only=True)
     network = torchvision.models.resnet18().eval()
     network.fc = torch.nn.Identity()
     network.load_state_dict(state, strict=True)
     with torch.no_grad():
-        close(network(views(run, photos, "auto")), ours(load_encoder(run)[0].eval(), run, photos), 5)
+        close(network(views(wide, photos, "auto")), ours(load_encoder(wide)[0].eval(), wide, photos), 5)
 
 
 @pytest.mark.parametrize(
@@ -150,13 +159,44 @@ def test_torchvision_refuses_by_name(changes: dict[str, Any], size: int, head_la
     assert str(error.value).count(";") == len(reasons) - ("--part encoder" in reasons)
 
 
+class Small(torch.nn.Module):
+    """A network whose export takes a moment, with the one module that an export replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool = torch.nn.Conv2d(3, 8, 3, padding=1), ShortcutPool(2)
+        self.fc = torch.nn.Linear(8, len(CLASSES))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.pool(self.conv(images).relu()).mean((2, 3)))
+        return logits
+
+
+def test_onnx_normalises_and_takes_any_number_of_images(tmp_path: Path, randomise: Any) -> None:
+    network, path = randomise(Small(), 2).eval(), tmp_path / "w.onnx"
+    images = torch.rand(5, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+    write_onnx(network, replace(card(EIGHTH, 9, 0), preprocessing={"size": 9, "mean": mean, "std": std}), path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [(value.name, value.shape) for value in session.get_inputs()] == [("images", ["N", 3, 9, 9])]
+    with torch.no_grad():
+        expected = network((images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
+    for rows in (1, 5):
+        (found,) = session.run(["logits"], {"images": images[:rows].numpy()})
+        close(torch.from_numpy(found), expected, rows)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == list(CLASSES)
+    assert json.loads(metadata["preprocessing"])["size"] == 9
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "size", "head_layer"),
     [
         (EIGHTH, 32, 1),  # CIFAR stem
         (replace(EIGHTH, maxpool="tf_same", project_first=True), 64, 0),
         (replace(EIGHTH, arch="resnet50"), 64, 0),
-        (replace(EIGHTH, arch="resnet50", selective_kernels=True), 65, 1),  # odd maps, whose shortcuts are padded
+        (SELECTIVE, 65, 1),  # odd maps, whose shortcuts are padded
     ],
     ids=["r18-cifar", "r18-google", "r50", "r50-sk"],
 )
@@ -179,6 +219,20 @@ def test_onnx_runtime_gives_the_same_logits(
     assert [entry.version for entry in onnx.load(path).opset_import if entry.domain == ""] == [20]
 
 
+@torch.no_grad()
+def test_the_network_that_is_exported_pools_odd_shortcuts_as_the_original(randomise: Any) -> None:
+    network = randomise(build_classifier(SELECTIVE, 65, len(CLASSES)), 2).eval()
+    images = torch.randn(2, 3, 65, 65, generator=torch.Generator().manual_seed(0))
+
+    def pools(module: torch.nn.Module) -> list[ShortcutPool]:
+        return [each for each in module.modules() if isinstance(each, ShortcutPool) and each.stride == 2]
+
+    exportable = _exportable(network)
+    assert pools(network) and not pools(exportable)
+    close(exportable(images), network(images), 2)
+
+
+@pytest.mark.slow
 def test_onnx_of_an_encoder_without_normalisation(make_run: MakeRun, photos: Path, tmp_path: Path) -> None:
     run = make_run("pretrain", normalise="none")
     session = onnxruntime.InferenceSession(
@@ -188,6 +242,7 @@ def test_onnx_of_an_encoder_without_normalisation(make_run: MakeRun, photos: Pat
     close(torch.from_numpy(found), ours(load_encoder(run)[0].eval(), run, photos, "none"), 5)
 
 
+@pytest.mark.slow
 def test_onnx_of_an_imported_checkpoint_gives_google_s_own_logits(data_dir: Path, tmp_path: Path) -> None:
     with tarfile.open(data_dir / "tf-checkpoints.tar.xz", "r|xz") as archive:
         # The first of its folders; the others take four seconds to unpack.
@@ -254,16 +309,15 @@ def test_safetensors_refuses_foreign_and_damaged_files(make_run: MakeRun, tmp_pa
         assert str(tmp_path / name) in str(error.value)
 
 
-def test_a_file_is_replaced_when_asked_to_and_whole_or_not_at_all(make_run: MakeRun, tmp_path: Path) -> None:
+def test_a_file_is_replaced_only_when_asked_to_and_as_a_whole(make_run: MakeRun, wide: Path, tmp_path: Path) -> None:
     out = tmp_path / "w.pt"
     out.write_text("mine")
-    run = make_run("pretrain", ModelConfig(arch="resnet18"), 64)
     with pytest.raises(FileExistsError, match=r"w\.pt exists; .*--overwrite"):
-        exported(run, "torchvision", out)
+        exported(wide, "torchvision", out)
     with pytest.raises(ValueError, match=r"model\.stem cifar"):
         exported(make_run("pretrain"), "torchvision", out, overwrite=True)
     assert out.read_text() == "mine" and list(tmp_path.iterdir()) == [out]
-    exported(run, "torchvision", out, overwrite=True)
+    exported(wide, "torchvision", out, overwrite=True)
     assert "conv1.weight" in torch.load(out, weights_only=True) and list(tmp_path.iterdir()) == [out]
 
 

@@ -93,6 +93,7 @@ def test_timm_gives_the_same_logits_and_nearly_the_same_views(wide: Path, photos
     assert difference.mean() < 0.002 and difference.max() < 0.02
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_timm_takes_encoders_alone_and_small_views_whole(make_run: MakeRun, photos: Path, tmp_path: Path) -> None:
     run = make_run("pretrain", ModelConfig(arch="resnet18", stem="imagenet"), 32)
@@ -105,6 +106,7 @@ def test_timm_takes_encoders_alone_and_small_views_whole(make_run: MakeRun, phot
     assert (found - views(run, photos)).abs().max() < 1.5 / 255 / 0.224
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_timm_has_bottlenecks(randomise: Any) -> None:
     ours = randomise(build_classifier(ModelConfig(), 64, 5), 2).eval()
@@ -247,6 +249,7 @@ def test_hugging_face_gives_the_same_outputs(make_run: MakeRun, tmp_path: Path, 
 
 
 @torch.no_grad()
+@pytest.mark.slow
 @pytest.mark.needs("transformers")
 @of_transformers
 def test_transformers_gives_the_same_outputs_and_nearly_the_same_views(

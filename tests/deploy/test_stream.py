@@ -22,8 +22,10 @@ import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
 
+from fastsimclr.deploy import sinks
 from fastsimclr.deploy.command import add_deploy, run_deploy
 from fastsimclr.deploy.embed import EmbedConfig, embed
+from fastsimclr.deploy.images import open_images
 from fastsimclr.deploy.predict import PredictConfig, predict
 from fastsimclr.loaders import DataError
 from fastsimclr.models import ModelConfig
@@ -103,23 +105,29 @@ def test_npy_holds_the_layer_asked_for_in_the_order_of_the_paths(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["e.csv", "e.npy"]
 
 
-def test_parquet_and_half_precision(make_run: MakeRun, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_parquet_and_half_precision(make_run: MakeRun, folder: Path, tmp_path: Path, dtype: str) -> None:
     run = make_run("finetune", classes=CLASSES, head_layer=1)
     (folder / "labels.csv").write_text('path,label\n"cat, tabby/2.png",tom\n', encoding="utf-8")
-    for dtype in ("float32", "float16"):
-        embedded(run, folder, tmp_path / f"{dtype}.parquet", dtype=dtype, layer="1", batch=4)
-        embedded(run, folder, tmp_path / f"{dtype}.npy", dtype=dtype, layer="1", batch=4)
-        found = pyarrow.parquet.read_table(tmp_path / f"{dtype}.parquet")
-        assert str(found.schema.field("embedding").type).startswith("fixed_size_list<")
-        assert pyarrow.parquet.ParquetFile(tmp_path / f"{dtype}.parquet").num_row_groups == 2
-        rows = np.array(found.column("embedding").to_pylist(), dtype=dtype)
-        assert np.array_equal(rows, np.load(tmp_path / f"{dtype}.npy")) and rows.dtype == dtype
-        names, labels = found.column("path").to_pylist(), found.column("label").to_pylist()
-        assert [[name, label or ""] for name, label in zip(names, labels, strict=True)] == table(
-            tmp_path / f"{dtype}.csv"
-        )[1:]
-        assert labels == [None, None, "tom", None, None, None]
-    close(np.load(tmp_path / "float16.npy"), torch.from_numpy(np.load(tmp_path / "float32.npy")), 1e-3)
+    embedded(run, folder, tmp_path / "e.parquet", dtype=dtype, layer="1", batch=4)
+    embedded(run, folder, tmp_path / "e.npy", dtype=dtype, layer="1", batch=4)
+    found = pyarrow.parquet.read_table(tmp_path / "e.parquet")
+    assert str(found.schema.field("embedding").type).startswith("fixed_size_list<")
+    assert pyarrow.parquet.ParquetFile(tmp_path / "e.parquet").num_row_groups == 2
+    rows = np.array(found.column("embedding").to_pylist(), dtype=dtype)
+    array = np.load(tmp_path / "e.npy")
+    assert np.array_equal(rows, array) and array.dtype == dtype
+    names, labels = found.column("path").to_pylist(), found.column("label").to_pylist()
+    assert [[name, label or ""] for name, label in zip(names, labels, strict=True)] == table(tmp_path / "e.csv")[1:]
+    assert labels == [None, None, "tom", None, None, None]
+    network = load_classifier(run)[0].eval()
+    with torch.no_grad():
+        expected = network.head.forward_to(network.encoder(seen(folder, names)), 1)
+    close(rows, expected, 1e-4 if dtype == "float32" else 1e-3)
+
+
+def test_layers_that_a_run_lacks_are_named(make_run: MakeRun, folder: Path, tmp_path: Path) -> None:
+    run = make_run("finetune", classes=CLASSES, head_layer=1)
     with pytest.raises(ValueError, match=r"--layer=projection: .* no whole projection head; use 0\.\.1"):
         embedded(run, folder, tmp_path / "x.npy", layer="projection")
     with pytest.raises(ValueError, match=r"--layer=2 is no layer of .*; use encoder or 0\.\.1"):
@@ -144,12 +152,12 @@ def test_lists_of_images(make_run: MakeRun, folder: Path, tmp_path: Path) -> Non
     close(np.load(tmp_path / "labelled.npy"), expected[1:])
     plain.write_text("a.png\na.png\n")
     with pytest.raises(DataError, match=r"list\.txt:2: a\.png is listed twice"):
-        embedded(run, plain, tmp_path / "x.npy")
+        open_images(plain)
     plain.write_text("\n")
     with pytest.raises(DataError, match=r"list\.txt names no image"):
-        embedded(run, plain, tmp_path / "x.npy")
+        open_images(plain)
     with pytest.raises(DataError, match="is no list of images"):
-        embedded(run, outside, tmp_path / "x.npy")
+        open_images(outside)
     with pytest.raises(DataError, match="does not exist; give a folder"):
         embedded(run, tmp_path / "none", tmp_path / "x.npy")
     with pytest.raises(FileExistsError, match=r"some\.csv would replace what is read"):
@@ -239,13 +247,67 @@ def test_the_command_line(make_run: MakeRun, folder: Path, tmp_path: Path, capsy
         "export": ["--format", "safetensors", "--out", str(tmp_path / "w.safetensors"), "--part", "encoder"],
     }
     for name, given in words.items():
-        for more in ([], ["--overwrite"]):
+        for more in ([], ["--overwrite"]) if name == "predict" else ([],):
             parser = ArgumentParser(exit_on_error=False)
             add_deploy(name, parser)
             assert run_deploy(name, parser.parse_args(["--from", str(run), *given, *more])) == 0
             assert f"file: {given[given.index('--out') + 1]}\n" in capsys.readouterr().out
         for option in parser.format_help().split("\n  --")[1:]:
             assert len(option.split()) > 4, f"no help: {option}"
+
+
+@pytest.mark.parametrize(
+    ("name", "out", "signum"),
+    [
+        ("embed", "part.npy", signal.SIGINT),
+        ("embed", "part.parquet", signal.SIGTERM),
+        ("predict", "part.csv", signal.SIGTERM),
+    ],
+)
+def test_after_a_signal_the_file_holds_the_batches_that_were_done(
+    make_run: MakeRun,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    out: str,
+    signum: int,
+) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    add_deploy(name, parser)
+    words = ["--from", str(make_run("supervised", classes=CLASSES)), "--images", str(folder), "--device", "cpu"]
+
+    def rows(file: str) -> list[Any]:
+        """Write `file` and return its rows, each with its path."""
+        codes.append(run_deploy(name, parser.parse_args([*words, "--batch", "2", "--out", str(tmp_path / file)])))
+        if file.endswith("parquet"):
+            return list(pyarrow.parquet.read_table(tmp_path / file).to_pylist())
+        named = table((tmp_path / file).with_suffix(".csv"))[1:]
+        if name == "predict":
+            return named
+        return list(zip(named, np.load(tmp_path / file).tolist(), strict=True))
+
+    codes = list[int]()
+    complete = rows(out.replace("part", "complete"))
+    sink, method = {".npy": (sinks.Npy, "write"), ".parquet": (sinks.Parquet, "write"), ".csv": (sinks.Csv, "rows")}[
+        Path(out).suffix
+    ]
+    write, calls = getattr(sink, method), list[int]()
+
+    def watched(self: Any, first: Any, *rest: Any) -> None:
+        write(self, first, *rest)
+        calls.append(len(first))
+        if len(calls) == 2:
+            signal.raise_signal(signum)
+
+    monkeypatch.setattr(sink, method, watched)
+    capsys.readouterr()
+    assert rows(out) == complete[:4] and len(complete) == 6
+    assert codes == [0, 128 + signum] and calls == [2, 2]
+    said = f"stopped: {tmp_path / out} holds 4 of 6 images, in the order of their paths"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    assert not list(tmp_path.glob("*.part"))
 
 
 # One process a command, as in use: it notes its memory as rows are written, and sends itself a signal on the way.
@@ -327,6 +389,7 @@ def growth(stdout: str) -> int:
     return int(resident[-1][1] - next(size for rows, size in resident if rows >= 2000))
 
 
+@pytest.mark.slow
 def test_embed_of_10_000_images_in_flat_memory_and_stopped_on_the_way(many: Many) -> None:
     whole = many.call("embed", "whole.npy")
     assert whole.returncode == 0, whole.stderr
@@ -354,6 +417,7 @@ def test_embed_of_10_000_images_in_flat_memory_and_stopped_on_the_way(many: Many
     assert not list(many.out.glob("*.part"))
 
 
+@pytest.mark.slow
 def test_predict_of_10_000_images_in_flat_memory_and_stopped_on_the_way(many: Many) -> None:
     whole = many.call("predict", "whole-p.csv")
     assert whole.returncode == 0, whole.stderr

@@ -108,9 +108,30 @@ def assert_near(got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torc
         assert error <= limit * float(value.abs().max()), f"{name}: {error}"
 
 
+# Every shape, type and form (residual, ReLU) of the fused kernels; all their products are slow in the interpreter.
+FEW = [
+    ((6, 13, 3, 7), torch.float32, True, True),
+    ((3, 70, 2, 3), torch.bfloat16, False, True),
+    ((70, 1), torch.float16, True, False),
+    ((9, 5), torch.float32, False, False),
+    ((9, 5), torch.bfloat16, True, True),
+    ((5, 16, 1, 1), torch.float32, False, True),
+    ((5, 16, 1, 1), torch.float16, True, True),
+    ((5, 16, 1, 1), torch.bfloat16, True, False),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "residual", "relu"), FEW)
+def test_fused_values_and_gradients(
+    shape: tuple[int, ...], dtype: torch.dtype, residual: bool, relu: bool, small: None
+) -> None:
+    given = inputs(shape, dtype, residual, bias=residual is relu)
+    assert_near(found(**given, relu=relu, backend="fused"), oracle(**given, relu=relu), dtype)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", pytest.param("fused", marks=pytest.mark.slow)])
 def test_values_and_gradients(backend: Backend, shape: tuple[int, ...], dtype: torch.dtype, small: None) -> None:
     for residual, relu in itertools.product((False, True), repeat=2):
         given = inputs(shape, dtype, residual, bias=residual is relu)
@@ -313,7 +334,7 @@ def shared(ranks: Ranks, groups: int, on: bool) -> tuple[dict[str, Tensor], list
     return tensors, [forward, len(sent) - forward]
 
 
-@pytest.mark.parametrize(("world", "groups"), [(2, 1), (4, 1), (4, 2), (2, 2)])
+@pytest.mark.parametrize(("world", "groups"), [(2, 1), (4, 2), (2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_ranks_that_share_statistics(ranks_pool: Pool, world: int, groups: int) -> None:
     plain, quick = (ranks_pool(world, shared, groups, on) for on in (False, True))
     for (expected, count), (tensors, exchanges) in zip(plain, quick, strict=True):

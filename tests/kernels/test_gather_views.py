@@ -58,7 +58,7 @@ def test_views_of_the_ids_are_those_of_the_images_selected(semantics: Any, backe
         assert views.is_contiguous(memory_format=torch.channels_last)
 
 
-@settings(max_examples=8)
+@settings(max_examples=settings().max_examples // 6)  # each takes up to a second in the interpreter
 @given(st.data())
 def test_any_sizes(data: st.DataObject) -> None:
     count, height, width = (data.draw(st.integers(1, 20)) for _ in range(3))

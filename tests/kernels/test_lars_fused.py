@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -115,14 +116,27 @@ def compare_steps(
                 assert_near(copy, params[i].cpu().double(), f"copy {i}", allowed)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", ["google", "lightly"])
-@pytest.mark.parametrize("backend", BACKENDS)
+# Each variant and each type of gradient; the other pairs are slow in the interpreter.
+FEW = [("google", torch.float32), ("lightly", torch.float16), ("google", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    "backend, variant, dtype",
+    [
+        pytest.param(
+            backend,
+            variant,
+            dtype,
+            marks=[] if backend == "reference" or (variant, dtype) in FEW else pytest.mark.slow,
+        )
+        for backend, variant, dtype in itertools.product(BACKENDS, ("google", "lightly"), DTYPES)
+    ],
+)
 def test_all_options_match_the_plain_loops(backend: Backend, variant: Variant, dtype: torch.dtype) -> None:
     compare_steps(SHAPES, variant, backend, dtype, steps=3, seed=0)
 
 
-@settings(max_examples=12)
+@settings(max_examples=settings().max_examples // 6)  # each takes up to a second in the interpreter
 @given(
     shapes=st.lists(st.lists(st.integers(0, 9), min_size=0, max_size=3).map(tuple), min_size=1, max_size=9),
     variant=st.sampled_from(["google", "lightly"]),
@@ -132,7 +146,7 @@ def test_any_shapes(shapes: list[tuple[int, ...]], variant: Variant, dtype: torc
     compare_steps(shapes, variant, "fused", dtype, steps=2, seed=len(shapes))
 
 
-@pytest.mark.parametrize("variant", ["google", "lightly"])
+@pytest.mark.parametrize("variant", ["google", pytest.param("lightly", marks=pytest.mark.slow)])
 def test_chunks_of_many_blocks(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of tensors above a million elements: chunks are bounded, and each has several blocks."""
     for module in (fused, table):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,8 +104,16 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("temperature", [0.05, 0.1, 0.5])
-@pytest.mark.parametrize("rows, dim, noise, spread", SHAPES)
+def crossed(shapes: Sequence[tuple[Any, ...]], temperatures: Sequence[float]) -> list[Any]:
+    """Each shape with each temperature: slow, but for one of them in turn."""
+    return [
+        pytest.param(*shape, temperature, marks=[] if row % len(temperatures) == column else pytest.mark.slow)
+        for row, shape in enumerate(shapes)
+        for column, temperature in enumerate(temperatures)
+    ]
+
+
+@pytest.mark.parametrize("rows, dim, noise, spread, temperature", crossed(SHAPES, (0.05, 0.1, 0.5)))
 @pytest.mark.parametrize("tiles", ["small"], indirect=True)
 def test_loss_and_gradient(rows: int, dim: int, noise: float, spread: float, temperature: float, tiles: None) -> None:
     x = pairs(rows // 2, dim, noise=noise, spread=spread).to(DEVICE)
@@ -116,14 +124,16 @@ def test_loss_and_gradient(rows: int, dim: int, noise: float, spread: float, tem
     assert float(got[0].top5) == pytest.approx(top(z, 5), abs=1e-6)
 
 
-@pytest.mark.parametrize("temperature", [0.05, 0.1, 0.5])
-@pytest.mark.parametrize("rows, dim, noise", [(4, 128, 0.3), (258, 128, 0.7), (514, 128, 0.3), (258, 257, 0.3)])
+GPU_SHAPES = [(4, 128, 0.3), (258, 128, 0.7), (258, 257, 0.3), (514, 128, 0.3)]
+
+
+@pytest.mark.parametrize("rows, dim, noise, temperature", crossed(GPU_SHAPES, (0.05, 0.1, 0.5)))
 def test_loss_and_gradient_in_the_tiles_of_the_gpu(rows: int, dim: int, noise: float, temperature: float) -> None:
     x = pairs(rows // 2, dim, noise=noise).to(DEVICE)
     assert_close(kernel(x, temperature), oracle(x, temperature))
 
 
-@settings(max_examples=12)
+@settings(max_examples=settings().max_examples // 6)  # each takes up to a second in the interpreter
 @given(
     images=st.integers(2, 40),
     dim=st.integers(2, 40),
@@ -140,7 +150,7 @@ def test_any_shape(images: int, dim: int, bank: int, weighted: bool, temperature
     assert_close(kernel(x, temperature, **extras), oracle(x, temperature, **extras))
 
 
-@pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("temperature", [0.01, pytest.param(0.1, marks=pytest.mark.slow), 1.0])
 def test_online_maximum_and_the_temperatures_gradient(temperature: float, tiles: None) -> None:
     x, bank = pairs(31, 24, noise=0.9).to(DEVICE), pairs(10, 24, seed=2).to(DEVICE)
     weights = torch.linspace(0, 2, 62, device=DEVICE)
@@ -316,8 +326,15 @@ def on_a_rank(ranks: Ranks, x: Tensor, temperature: float, tensor: bool, weights
     return *(float(value.detach()) for value in out), float(slope), leaf.grad, len(forward.names), backward.names
 
 
-@pytest.mark.parametrize("temperature, tensor", [(0.1, False), (0.1, True), (0.02, False)])
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    "world, temperature, tensor",
+    [
+        (2, 0.1, True),
+        (4, 0.02, False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 0.1, False), (2, 0.02, False), (4, 0.1, True)]),
+        pytest.param(4, 0.1, False, marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_equal_one(ranks_pool: Pool, world: int, temperature: float, tensor: bool) -> None:
     x, bank, weights = pairs(36, 10), pairs(7, 10, seed=5), torch.linspace(0, 1, 72)
     alone = on_a_rank_alone(x, temperature, tensor, weights, bank)

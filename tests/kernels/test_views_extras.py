@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage, stats
 from torch import Tensor
@@ -45,7 +45,6 @@ def test_a_view_is_turned_before_it_is_flipped(policy: Policy) -> None:
     check(images, params, policy, 1e-4 if policy.rotate else TOLERANCE)
 
 
-@settings(max_examples=15)
 @given(size=st.integers(1, 40), seed=st.integers(0, 99))
 def test_sobel_is_scipys(size: int, seed: int) -> None:
     x = pixels(size, 2, seed)

@@ -89,8 +89,18 @@ EACH: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("semantics", BOTH)
-@pytest.mark.parametrize("op", EACH)
+# One semantics of each op in turn, and both of what differs between them; the other pairs are slow.
+TWICE = ("resize", "grey", "sobel", "flip")
+
+
+@pytest.mark.parametrize(
+    "op, semantics",
+    [
+        pytest.param(op, semantics, marks=[] if op in TWICE or row % 2 == column else pytest.mark.slow)
+        for row, op in enumerate(EACH)
+        for column, semantics in enumerate(reversed(BOTH))
+    ],
+)
 def test_each_op(op: str, semantics: str) -> None:
     images, sizes = ragged(SIDES[1:], gap=1)
     policy = policy_of(20, semantics, **EACH[op])
@@ -102,11 +112,20 @@ def test_each_op(op: str, semantics: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("semantics", "brightness"), [("torchvision", "multiply"), ("tensorflow", "multiply"), ("tensorflow", "add")]
+    ("semantics", "brightness", "part"),
+    [
+        ("torchvision", "multiply", slice(0, None, 3)),
+        ("tensorflow", "multiply", slice(1, None, 3)),
+        ("tensorflow", "add", slice(2, None, 3)),
+        pytest.param("torchvision", "multiply", slice(None), marks=pytest.mark.slow),
+        pytest.param("tensorflow", "multiply", slice(None), marks=pytest.mark.slow),
+        pytest.param("tensorflow", "add", slice(None), marks=pytest.mark.slow),
+    ],
 )
-def test_every_order_of_the_jitter(semantics: str, brightness: str) -> None:
-    images, sizes = ragged([(9, 11)] * 24)
-    orders = torch.tensor(list(itertools.permutations(range(4))), dtype=torch.int32)
+def test_every_order_of_the_jitter(semantics: str, brightness: str, part: slice) -> None:
+    """Each of the 24 orders under one of the formulas; under each of them where slow."""
+    orders = torch.tensor(list(itertools.permutations(range(4)))[part], dtype=torch.int32)
+    images, sizes = ragged([(9, 11)] * len(orders))
     policy = policy_of(8, semantics, brightness=brightness, jitter=0.9, grey=0.2)
     check(images, drawn(policy, sizes, order=orders), policy)
 
@@ -123,16 +142,22 @@ def test_solarised_pixels(semantics: str) -> None:
     assert (near | ~far).all()
 
 
-@pytest.mark.parametrize("semantics", BOTH)
-@pytest.mark.parametrize("size", [7, 32])
-def test_the_whole_chain_in_one_tile(size: int, semantics: Any) -> None:
+@pytest.mark.parametrize(
+    ("size", "semantics", "views"),
+    [
+        (7, "torchvision", 2),
+        (32, "tensorflow", 1),
+        *(pytest.param(*case, 2, marks=pytest.mark.slow) for case in itertools.product((7, 32), BOTH)),
+    ],
+)
+def test_the_whole_chain_in_one_tile(size: int, semantics: Any, views: int) -> None:
     images, sizes = ragged(SIDES, gap=5)
     policy = dataclasses.replace(simclr(size, semantics), jitter=0.9, blur=0.6, sobel=0.2, cutout=0.3, noise=0.3)
     # ImageNet's normalisation divides by .22.
-    check(images, drawn(policy, sizes, 2), policy, 5 * TOLERANCE)
+    check(images, drawn(policy, sizes, views), policy, 5 * TOLERANCE)
 
 
-@pytest.mark.parametrize("semantics", BOTH)
+@pytest.mark.parametrize("semantics", ["torchvision", pytest.param("tensorflow", marks=pytest.mark.slow)])
 def test_the_whole_chain_in_several_tiles(semantics: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Partial sums, halos across tiles, and scratch memory for one view at a time."""
     monkeypatch.setattr(fused, "SCRATCH_BYTES", 3 * 33 * 33 * 4)
@@ -143,9 +168,19 @@ def test_the_whole_chain_in_several_tiles(semantics: Any, monkeypatch: pytest.Mo
     check(images, drawn(policy, sizes, order=orders, sigma=blurred), policy, 5 * TOLERANCE)
 
 
-@pytest.mark.parametrize("semantics", BOTH)
-@pytest.mark.parametrize(("dtype", "digits"), [(torch.float16, 11), (torch.bfloat16, 8)])
-def test_sixteen_bits(dtype: torch.dtype, digits: int, semantics: Any) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "digits", "semantics", "views"),
+    [
+        (torch.float16, 11, "torchvision", 1),
+        (torch.bfloat16, 8, "tensorflow", 1),
+        *(
+            pytest.param(dtype, digits, semantics, 2, marks=pytest.mark.slow)
+            for dtype, digits in ((torch.float16, 11), (torch.bfloat16, 8))
+            for semantics in BOTH
+        ),
+    ],
+)
+def test_sixteen_bits(dtype: torch.dtype, digits: int, semantics: Any, views: int) -> None:
     """Within TOLERANCE and one unit in the last place, and 3e-4 of a value in [0, 1] where a view waited as float16.
 
     One unit and not a half: where the two float32 values straddle a rounding boundary, and as Triton's interpreter
@@ -154,7 +189,8 @@ def test_sixteen_bits(dtype: torch.dtype, digits: int, semantics: Any) -> None:
     """
     images, sizes = ragged(SIDES)
     policy = dataclasses.replace(simclr(24, semantics), jitter=0.9, blur=0.5)
-    params = drawn(policy, sizes, 2, sigma=torch.tensor([0.0, 0.2, 0.7, 0.0, 1.2, 2.0]))
+    sigma = torch.tensor([0.0, 0.2, 0.7, 0.0, 1.2, 2.0] if views == 2 else [0.0, 0.7, 2.0])
+    params = drawn(policy, sizes, views, sigma=sigma)
     ours, expected = both(images, params, policy, dtype)
     scale = 0.225 if policy.rendering["std"] else 1.0
     unit = 2.0 ** (expected.float().abs().clamp(min=2**-14).log2().floor() - digits + 1)
@@ -163,7 +199,7 @@ def test_sixteen_bits(dtype: torch.dtype, digits: int, semantics: Any) -> None:
     assert float(over.max()) <= 1, over.amax((1, 2, 3))
 
 
-@pytest.mark.parametrize("gap", [0, 1, 5])
+@pytest.mark.parametrize("gap", [0, *(pytest.param(gap, marks=pytest.mark.slow) for gap in (1, 5))])
 def test_windows_at_every_edge(gap: int) -> None:
     """First and last in the buffer, 1 pixel, one row, one column, the last pixel alone: nothing leaks in."""
     images, sizes = ragged([(1, 30), (20, 1), (1, 1), (9, 9)], gap=gap)
@@ -183,7 +219,8 @@ def test_a_wide_image_in_few_pixels() -> None:
     check(images, drawn(policy, sizes, crop=whole, extent=whole[:, 2:]), policy)
 
 
-@settings(max_examples=8)
+@pytest.mark.slow
+@settings(max_examples=settings().max_examples // 6)  # each takes seconds in the interpreter
 @given(st.data())
 def test_any_sizes(data: st.DataObject) -> None:
     sides = data.draw(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=2))
@@ -193,8 +230,16 @@ def test_any_sizes(data: st.DataObject) -> None:
     check(images, drawn(policy, sizes), policy)
 
 
-@pytest.mark.parametrize("semantics", BOTH)
-@pytest.mark.parametrize(("kept", "span"), [(torch.float32, 16), (torch.float16, 64), (torch.float16, 32)])
+@pytest.mark.parametrize(
+    ("kept", "span", "semantics"),
+    [
+        (torch.float32, 16, "torchvision"),
+        (torch.float16, 64, "tensorflow"),
+        pytest.param(torch.float32, 16, "tensorflow", marks=pytest.mark.slow),
+        pytest.param(torch.float16, 64, "torchvision", marks=pytest.mark.slow),
+        *(pytest.param(torch.float16, 32, semantics, marks=pytest.mark.slow) for semantics in BOTH),
+    ],
+)
 def test_a_wide_blur(kept: torch.dtype, span: int, semantics: Any) -> None:
     """Radius 21 on 40 pixels, as a view of 420 pixels has it: several spans a tile, and reflections from both edges."""
     size, radius = 40, 21

@@ -34,7 +34,8 @@ from tests.loaders.mutate import drawn, smooth
 
 NEEDS_DALI = pytest.mark.needs("nvidia.dali")
 DALI = pytest.param("dali", marks=NEEDS_DALI)
-BACKENDS = ["native", "torchvision", DALI]  # those that cut the windows of `draw` out of files
+TORCHVISION = pytest.param("torchvision", marks=pytest.mark.slow)  # each of its workers is a process that starts
+BACKENDS = ["native", TORCHVISION, DALI]  # those that cut the windows of `draw` out of files
 N, SIDE = 30, 40
 POLICY = Policy(size=SIDE, normalise="none")
 CENTRE = Policy(size=SIDE, crop="centre", flip=0, normalise="none")
@@ -103,10 +104,10 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one.float() - other.float()).abs().mean())
 
 
-@pytest.mark.parametrize("loader", [*BACKENDS, "synthetic"])
+@pytest.mark.parametrize("loader", ["native", "torchvision", DALI, "synthetic"])
 def test_training_batches_against_a_plain_loop(files: FileSource, loader: LoaderName) -> None:
     order = [(epoch, i) for epoch in range(3) for i in epoch_order(N, 5, epoch).tolist()]
-    train = training(files, loader)
+    train = training(files, loader, threads=1 if loader == "torchvision" else 2)
     batches = list(train)
     assert (train.name, len(batches)) == (loader, 9)
     for step, batch in enumerate(batches):
@@ -174,17 +175,23 @@ def test_arrays(loader: LoaderName) -> None:
 
 @pytest.mark.parametrize(
     ("loader", "mean", "most"),
-    [("native", 0.4, 3), ("torchvision", 0.3, 0.4), pytest.param("dali", 0.3, 0.7, marks=NEEDS_DALI)],
+    [
+        ("native", 0.4, 3),
+        pytest.param("torchvision", 0.3, 0.4, marks=pytest.mark.slow),
+        pytest.param("dali", 0.3, 0.7, marks=NEEDS_DALI),
+    ],
 )
+@pytest.mark.parametrize("step", [8, pytest.param(1, marks=pytest.mark.slow)])
 def test_imagenets_crops_are_exact_within_rounding(
-    imagenet_samples: Path, loader: LoaderName, mean: float, most: float
+    imagenet_samples: Path, loader: LoaderName, mean: float, most: float, step: int
 ) -> None:
-    """All 400 samples. most: native's plain bilinear shows in single crops; torchvision rounds after each axis."""
+    """50 or 400 samples. most: native's plain bilinear shows in single crops; torchvision rounds after each axis."""
     source = open_data(DataConfig(source="folder", root=str(imagenet_samples))).unlabelled
-    errors = crop_errors(source, loader, size=64)
+    errors = crop_errors(Subset(source, np.arange(0, len(source), step)), loader, size=64)
     assert errors["mean"] < mean and errors["largest mean"] < most
 
 
+@pytest.mark.slow
 @pytest.mark.needs("ffcv")
 def test_ffcv_reads_our_order_and_draws_its_own_windows(packed: BetonSource) -> None:
     half = Relabelled(Subset(packed, np.arange(0, N, 2)), np.arange(15) % 5)
@@ -325,6 +332,7 @@ def native_losses(imagenet_samples: Path, tmp_path_factory: pytest.TempPathFacto
     return losses(tmp_path_factory.mktemp("run"), imagenet_samples, "native")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", ["torchvision", DALI])
 def test_two_epochs_have_natives_loss_curve(
     imagenet_samples: Path, native_losses: list[float], tmp_path: Path, loader: str
@@ -334,6 +342,7 @@ def test_two_epochs_have_natives_loss_curve(
     np.testing.assert_allclose(losses(tmp_path, imagenet_samples, loader), native_losses, rtol=0.01)
 
 
+@pytest.mark.slow
 def test_two_epochs_of_noise_have_another_curve(
     imagenet_samples: Path, native_losses: list[float], tmp_path: Path
 ) -> None:
@@ -341,6 +350,7 @@ def test_two_epochs_of_noise_have_another_curve(
     assert (np.abs(noise / native_losses - 1) > 0.01).any()
 
 
+@pytest.mark.slow
 @pytest.mark.needs("ffcv")
 def test_two_epochs_of_ffcv(packed: BetonSource, tmp_path: Path) -> None:
     assert np.isfinite(losses(tmp_path, packed.path, "ffcv", "--data.source", "beton")).all()

@@ -18,6 +18,7 @@ from fastsimclr.loaders.beton.writer import BetonWriter
 from fastsimclr.loaders.decode import decode
 from tests.loaders.betons import PAGE
 
+pytestmark = [pytest.mark.needs("ffcv"), pytest.mark.slow]  # FFCV compiles for seconds
 Exchange = tuple[Path, list[npt.NDArray[np.uint8]], list[bytes]]
 
 FFCV = """
@@ -85,7 +86,6 @@ def both_ways(tmp_path_factory: pytest.TempPathFactory) -> Exchange:
     return folder, images, blobs
 
 
-@pytest.mark.needs("ffcv")
 def test_ffcv_reads_what_we_write(both_ways: Exchange) -> None:
     folder, _, blobs = both_ways
     for cached in (True, False):
@@ -100,7 +100,6 @@ def test_ffcv_reads_what_we_write(both_ways: Exchange) -> None:
             assert np.abs(own.astype(int) - read["images"][row]).max() <= (0 if raw else 1)
 
 
-@pytest.mark.needs("ffcv")
 def test_we_read_what_ffcv_writes(both_ways: Exchange) -> None:
     folder, images, _ = both_ways
     source = BetonSource(folder / "theirs.beton")

@@ -1,4 +1,4 @@
-"""Damaged images in every backend: 200 mutated JPEGs as files, in shards and packed; workers and threads that fail."""
+"""Damaged images in every backend: mutated JPEGs as files, in shards and packed; workers and threads that fail."""
 
 from __future__ import annotations
 
@@ -36,32 +36,36 @@ from tests.loaders.mutate import (
     smooth,
 )
 
+TORCHVISION = pytest.param("torchvision", marks=pytest.mark.slow)  # each of its workers is a process that starts
 DALI = pytest.param("dali", marks=pytest.mark.needs("nvidia.dali"))
-FFCV = pytest.param("ffcv", marks=pytest.mark.needs("ffcv"))
+FFCV = pytest.param("ffcv", marks=[pytest.mark.needs("ffcv"), pytest.mark.slow])  # it compiles for seconds
 POLICY = Policy(size=16, normalise="none")
 
 
-@pytest.fixture(scope="module")
-def mutated(imagenet_samples: Path, tmp_path_factory: pytest.TempPathFactory) -> FileSource:
-    """200 files, of which every eighth is undamaged; half of them were real."""
+@pytest.fixture(scope="module", params=[80, pytest.param(200, marks=pytest.mark.slow)])
+def mutated(
+    request: pytest.FixtureRequest, imagenet_samples: Path, tmp_path_factory: pytest.TempPathFactory
+) -> FileSource:
+    """80 or 200 files, of which every eighth is undamaged; half of them were real."""
     real = [path.read_bytes() for path in sorted(imagenet_samples.iterdir())[:60] if path.stat().st_size < 100_000]
-    return make_files(tmp_path_factory.mktemp("mutated"), 200, real)
+    return make_files(tmp_path_factory.mktemp("mutated"), request.param, real)
 
 
 def test_the_mutations_are_as_hard_as_they_should_be(mutated: FileSource) -> None:
     bad, _ = expected(mutated)
-    share = {kind: np.mean([k in bad for k in range(i, 200, len(KINDS))]) for i, kind in enumerate(KINDS)}
+    n = len(mutated)
+    share = {kind: np.mean([k in bad for k in range(i, n, len(KINDS))]) for i, kind in enumerate(KINDS)}
     assert share["sound"] == share["png"] == 0
     assert share["magic"] == share["empty"] == share["huge"] == 1
     assert share["truncated"] > 0.8 and 0.3 < share["flipped"] < 1 and 0.3 < share["header"] < 1
 
 
-@pytest.mark.parametrize("loader", ["native", "resident", "torchvision", DALI])
+@pytest.mark.parametrize("loader", ["native", "resident", TORCHVISION, DALI])
 def test_damage_is_named_counted_and_replaced(mutated: FileSource, loader: LoaderName) -> None:
-    assert check(mutated, loader) == len(expected(mutated)[0]) > 100
+    assert check(mutated, loader) == len(expected(mutated)[0]) > len(mutated) / 2
 
 
-@pytest.mark.parametrize("loader", ["native", "resident", "torchvision", DALI])
+@pytest.mark.parametrize("loader", ["native", "resident", TORCHVISION, DALI])
 def test_damage_in_shards_is_named_counted_and_replaced(
     mutated: FileSource, tmp_path: Path, loader: LoaderName
 ) -> None:
@@ -119,7 +123,7 @@ def crops(loader: Loader) -> Loader:
     return loader
 
 
-@pytest.mark.parametrize("loader", ["torchvision", DALI])
+@pytest.mark.parametrize("loader", [TORCHVISION, DALI])
 def test_too_many_and_none_readable(files: FileSource, loader: LoaderName) -> None:
     for k in (3, 30):
         (files.root / files.names[k]).write_bytes(b"\xff\xd8 no more")
@@ -137,7 +141,7 @@ def test_too_many_and_none_readable(files: FileSource, loader: LoaderName) -> No
             list(crops(run))
 
 
-@pytest.mark.parametrize("loader", ["torchvision", DALI])
+@pytest.mark.parametrize("loader", [TORCHVISION, DALI])
 def test_each_image_is_decoded_strictly_once(
     files: FileSource, loader: LoaderName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,7 +169,7 @@ def test_each_image_is_decoded_strictly_once(
 def test_a_worker_that_dies_is_a_named_error(files: FileSource) -> None:
     deadly = Deadly("deadly", files.root, files.names, files.sizes.tolist(), files.labels, files.classes)
     deadly.deadly = 17
-    train = crops(TrainLoader(deadly, DataConfig(loader="torchvision", threads=2), batch=10, seed=0, stop=9))
+    train = crops(TrainLoader(deadly, DataConfig(loader="torchvision", threads=1), batch=10, seed=0, stop=9))
     with pytest.raises(RuntimeError, match=r"loader=torchvision: a worker process died .* use loader=native"):
         list(train)
 
@@ -208,7 +212,7 @@ def assert_no_threads() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("decode", "resident"))]
 
 
-@pytest.mark.parametrize("loader", ["native", "resident", "torchvision", DALI])
+@pytest.mark.parametrize("loader", ["native", "resident", TORCHVISION, DALI])
 @pytest.mark.parametrize(
     ("error", "said"),
     [(MemoryError(), r"\(MemoryError\); free memory"), (KeyError("bug"), r"\(KeyError: 'bug'\); --traceback")],
@@ -224,7 +228,7 @@ def test_a_thread_that_fails_otherwise_names_the_image(
     assert_no_threads()
 
 
-@pytest.mark.parametrize("loader", ["native", "resident", "torchvision", DALI])
+@pytest.mark.parametrize("loader", ["native", "resident", TORCHVISION, DALI])
 def test_memory_that_is_short_while_decoding_names_the_image(
     files: FileSource, loader: LoaderName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,7 +246,7 @@ def test_memory_that_is_short_while_decoding_names_the_image(
     assert_no_threads()
 
 
-@pytest.mark.parametrize("loader", ["native", "resident", "torchvision", DALI])
+@pytest.mark.parametrize("loader", ["native", "resident", TORCHVISION, DALI])
 def test_a_network_that_fails_stops_every_backend(files: FileSource, loader: LoaderName) -> None:
     source = Defective("defective", files.root, files.names, files.sizes.tolist(), files.labels, files.classes)
     source.error = FetchError("http://h/t-0.tar could not be fetched in 6 attempts")

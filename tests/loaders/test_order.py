@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastsimclr.loaders.order import (
@@ -138,7 +138,6 @@ def test_quasi_random_each_image_once_over_any_ranks(
     assert sorted(seen) == [(epoch, i) for epoch in range(epochs) for i in range(n)]
 
 
-@settings(max_examples=40)
 @given(BLOCKS, st.integers(0, 12), st.integers(1, 3), st.integers(1, 5), st.sampled_from([2, 3, 4, 6, 8, 16, 64]))
 def test_quasi_random_runs_resume_at_any_step_and_world(
     sizes: list[int], start: int, part: int, window: int, world: int

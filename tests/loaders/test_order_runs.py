@@ -93,9 +93,7 @@ def order_of(run: Path) -> str:
     return str(found["implementations"]["order"])
 
 
-def test_a_run_begun_with_little_room_goes_on_from_a_disk(
-    runs: Runs, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_begun_with_little_room_goes_on_from_a_disk(runs: Runs, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         whole = runs.run("whole", *runs.far)
     lines = [line for line in caplog.messages if "data.order=auto" in line]
@@ -113,7 +111,11 @@ def test_a_run_begun_with_little_room_goes_on_from_a_disk(
     assert said.endswith(f"{QUASI}, as the run began")
     assert losses(again) == losses(whole)
     assert order_of(again) == QUASI
-    # Another order asked for by name is another run.
+
+
+@pytest.mark.slow
+def test_another_order_asked_for_by_name_is_another_run(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = runs.run("whole", *runs.far)
     for order, wrong in (
         (("random",), "order='quasi', this run has order='random'"),
         (("quasi", "--data.window", "3"), "window=2, this run has window=3"),
@@ -124,6 +126,7 @@ def test_a_run_begun_with_little_room_goes_on_from_a_disk(
         shutil.rmtree(runs.folder / "other")
 
 
+@pytest.mark.slow
 def test_a_run_begun_on_a_disk_goes_on_with_little_room(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     whole = runs.run("whole", *runs.near)
     assert order_of(whole) == "random"

@@ -26,10 +26,11 @@ from fastsimclr.loaders.beton.pack import Interrupted, Packing, pack
 from fastsimclr.loaders.beton.reader import BetonSource
 from fastsimclr.loaders.beton.recode import Recoding
 from fastsimclr.loaders.beton.sidecar import sidecar_path
+from fastsimclr.loaders.beton.writer import BetonWriter
 from fastsimclr.loaders.sets.basic import ArraySource
 from fastsimclr.loaders.shards.remote import FetchError
 from fastsimclr.loaders.source import DataError
-from tests.loaders.pictures import bytes_of, how, put
+from tests.loaders.pictures import bytes_of, how, put, run
 from tests.loaders.pictures import folder_source as of
 
 ROOT = Path(__file__).parents[2]
@@ -48,10 +49,21 @@ packing.pack(source, Path(sys.argv[2]), how, progress=end)
 """
 
 
-def test_a_killed_pack_goes_on_to_the_same_bytes(many: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_killed_or_stopped_pack_goes_on_to_the_same_bytes(
+    many: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
     target = tmp_path / "x.beton"
-    ended = subprocess.run([sys.executable, "-c", KILLED, str(many), str(target)], cwd=ROOT, timeout=300)
-    assert ended.returncode == -signal.SIGKILL and not target.exists()
+    if killed:
+        ended = subprocess.run([sys.executable, "-c", KILLED, str(many), str(target)], cwd=ROOT, timeout=300)
+        assert ended.returncode == -signal.SIGKILL
+    else:
+        monkeypatch.setattr(packing, "CHECKPOINT_BYTES", 2**21)
+        count = iter(range(1000))
+        stopped = Packing(recoding=Recoding(), threads=2, page_bytes=2**21, max_bad_fraction=0.05)
+        with pytest.raises(Interrupted):
+            pack(of(many), target, stopped, stop=lambda: next(count) == 116)
+    assert not target.exists()
     journal = target.with_name("x.beton.journal")
     assert len(journal.read_bytes().splitlines()) >= 3
     with journal.open("ab") as file:  # what a crash may leave of a line
@@ -246,6 +258,24 @@ def test_what_is_written_wrongly_gets_no_name(many: Path, tmp_path: Path, monkey
     assert not (tmp_path / "x.beton").exists()
 
 
+def test_a_signal_to_the_command_keeps_what_is_done(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, really = tmp_path / "x.beton", BetonWriter.add
+
+    def add(self: BetonWriter, row: int, *blob: Any) -> int:
+        if row == 60:
+            signal.raise_signal(signal.SIGINT)
+        return really(self, row, *blob)
+
+    monkeypatch.setattr(BetonWriter, "add", add)
+    code, _, err = run(capsys, "pack", many, target, "--page_mib", "2", "--max_bad_fraction", "0.05")
+    assert code == 130 and "give the same command with --resume auto to go on" in err and not target.exists()
+    partial = target.with_name("x.beton.partial")
+    assert partial.stat().st_size > 2**21 and target.with_name("x.beton.journal").exists()
+
+
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done(many: Path, whole: Path, tmp_path: Path) -> None:
     target = tmp_path / "x.beton"
     # The last image is a pipe, which keeps the packer waiting until the signal has arrived.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -72,7 +72,6 @@ def pairs(steps: list[Any]) -> list[tuple[int, int]]:
     return [pair for step in steps for epochs, ids in step for pair in zip(epochs.tolist(), ids.tolist(), strict=True)]
 
 
-@settings(max_examples=60)
 @given(BLOCKS, ORDERS, st.integers(1, 6), st.integers(1, 64), st.integers(1, 3), st.integers(1, 3))
 def test_each_image_once_a_permutation_in_equal_batches(
     sizes: list[int], order: Asked, window: int, world: int, part: int, epochs: int
@@ -86,7 +85,6 @@ def test_each_image_once_a_permutation_in_equal_batches(
     assert sorted(pairs(steps)[: n * epochs]) == [(epoch, i) for epoch in range(epochs) for i in range(n)]
 
 
-@settings(max_examples=60)
 @given(BLOCKS, ORDERS, st.integers(1, 6), st.data())
 def test_a_run_goes_on_from_any_step_at_another_number_of_ranks(
     sizes: list[int], order: Asked, window: int, data: st.DataObject

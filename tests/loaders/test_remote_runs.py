@@ -48,6 +48,7 @@ def reader(web: Web, cache: ShardCache) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_download_is_gone_on_with_and_shared(web: Web, cache: ShardCache, tmp_path: Path) -> None:
     listed(web, tmp_path)
     web.pause_s = 0.05  # 0.4 s a shard
@@ -118,6 +119,7 @@ def killed_after(step: int, words: list[str], run: Path) -> None:
     assert process.returncode == -signal.SIGKILL, said
 
 
+@pytest.mark.slow
 def test_a_run_over_http_and_s3_killed_and_resumed_is_the_run_from_the_disk(
     web: Web, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

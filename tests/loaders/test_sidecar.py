@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from fastsimclr.loaders.beton.reader import BetonSource
@@ -56,7 +55,6 @@ SAID += [*range(TABLE + 16, TABLE + 37), *range(TABLE + 40, TABLE + 48), *range(
 
 
 @given(place=st.sampled_from(SAID), bit=st.integers(0, 7), card=st.booleans())
-@examples(max_examples=300)
 def test_a_flipped_bit_is_refused_or_harmless(carded: Path, place: int, bit: int, card: bool) -> None:
     sidecar = None if card else carded.with_name("none.json")
     size = carded.stat().st_size
@@ -81,7 +79,6 @@ def test_a_flipped_bit_is_refused_or_harmless(carded: Path, place: int, bit: int
 
 
 @given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
-@examples(max_examples=60)
 def test_a_damaged_sidecar_is_refused_or_harmless(
     carded: Path, tmp_path_factory: pytest.TempPathFactory, place: int, bit: int
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,6 +183,34 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+SMALL = ("--fractions", "[1.0]", "--methods", "[linear, supervised]", "--validations", 1)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished study of three trainings: one pretraining, linear evaluation and supervised training."""
+    out = tmp_path_factory.mktemp("studies") / "small"
+    done("study", "labels", *SMOKE, *SMALL, "--seeds", 1, "--out", out)
+    return out
+
+
+def test_a_small_study_writes_table_rows_curves_and_cost(small: Path) -> None:
+    rows = lines_of(small / "rows.csv")
+    assert [entry["method"] for entry in rows] == ["linear", "supervised"]
+    for entry in rows:
+        result = json.loads((small / entry["run"] / "result.json").read_text())
+        assert float(entry["top1"]) == pytest.approx(result["metrics"]["top1"], abs=1e-6)
+        assert float(entry["seconds"]) == result["seconds"]
+    facts = json.loads((small / "study.json").read_text())
+    assert facts["cost"]["trainings"] == 3 and facts["failed"] == {}
+    assert facts["cost"]["wall_seconds"] >= facts["cost"]["seconds_of_steps"] > 0
+    table = (small / "table.md").read_text()
+    assert "| label_fraction | linear | supervised |" in table and "Total: 3 trainings" in table
+    assert all((small / name).read_bytes()[:4] == b"\x89PNG" for name in ("plot.png", "curves.png"))
+    assert {(line["method"], line["seed"]) for line in lines_of(small / "curves.csv")} == {("supervised", "0")}
+
+
+@pytest.mark.slow
 def test_labels_writes_table_rows_curves_and_cost(labels: Path) -> None:
     rows = lines_of(labels / "rows.csv")
     assert len(rows) == 2 * 2 * 4
@@ -204,20 +233,46 @@ def test_labels_writes_table_rows_curves_and_cost(labels: Path) -> None:
     assert len(ends) >= 2 * 2 * 2
 
 
-def test_a_study_goes_on_and_grows_without_doing_anything_twice(
-    labels: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    ran: list[Path] = []
+STAGES = ("pretrain", "evaluate_linear", "evaluate_knn", "finetune", "supervised", "distill")
 
-    def counted(make: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-        def stage(setting: stages.Setting, *paths: Any, resume: bool) -> dict[str, Any]:
-            ran.append(paths[-1].relative_to(labels))
-            return make(setting, *paths, resume=resume)
+
+def noted(monkeypatch: pytest.MonkeyPatch, out: Path, *, trains: bool) -> list[str]:
+    """The list of the trainings that later studies in `out` start; without `trains` a stand-in writes the result."""
+    ran: list[str] = []
+
+    def noting(make: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        def stage(setting: stages.Setting, *paths: Path, resume: bool) -> dict[str, Any]:
+            ran.append(str(paths[-1].relative_to(out)))
+            if trains:
+                return make(setting, *paths, resume=resume)
+            found = {"metrics": {"top1": 0.5}, "labels": 10, "parameters": 5, "seconds": 1.0, "environment": {}}
+            paths[-1].mkdir(parents=True)
+            (paths[-1] / "metrics.jsonl").touch()
+            (paths[-1] / "result.json").write_text(json.dumps(found))
+            return found
 
         return stage
 
-    for name in ("pretrain", "evaluate_linear", "finetune", "supervised", "distill"):
-        monkeypatch.setattr(stages, name, counted(getattr(stages, name)))
+    for name in STAGES:
+        monkeypatch.setattr(stages, name, noting(getattr(stages, name)))
+    return ran
+
+
+def test_a_finished_study_trains_only_what_is_new(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = Path(shutil.copytree(small, tmp_path / "small"))
+    ran = noted(monkeypatch, out, trains=False)
+    rows = lines_of(out / "rows.csv")
+    done("study", "labels", *SMOKE, *SMALL, "--seeds", 2, "--out", out)
+    assert ran == ["fraction-1/seed-1/linear", "fraction-1/seed-1/supervised"]
+    grown = lines_of(out / "rows.csv")
+    assert len(grown) == 4 and all(entry in grown for entry in rows)
+    before, after = ((folder / "table.md").read_text().count(" ± ") for folder in (small, out))
+    assert after == before + 2 * 2  # a spread of two methods, in two tables
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_and_grows_without_doing_anything_twice(labels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = noted(monkeypatch, labels, trains=True)
     words = (
         "--fractions",
         "[0.1, 1.0]",
@@ -230,31 +285,31 @@ def test_a_study_goes_on_and_grows_without_doing_anything_twice(
     assert ran == []
     done("study", "labels", *SMOKE, *words, "--seeds", 3, "--out", labels)
     folders = [f"fraction-{f}/seed-2/{stage}" for f in ("0.1", "1") for stage in _STAGES]
-    assert [str(path) for path in ran] == folders
+    assert ran == folders
     assert len(lines_of(labels / "rows.csv")) == 3 * 2 * 4
 
 
 _STAGES = ("linear", "finetune", "distill", "supervised")
 
 
-def test_a_folder_of_another_recipe_is_refused(labels: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("--fractions", "[0.1, 1.0]", "--seeds", "1", "--validations", "1", "--finetune.optim.lr", "0.02")
-    assert main(["study", "labels", *SMOKE, *words, "--out", str(labels)]) == 1
+def test_a_folder_of_another_recipe_is_refused(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (*map(str, SMALL), "--seeds", "1", "--finetune.optim.lr", "0.02")
+    assert main(["study", "labels", *SMOKE, *words, "--out", str(small)]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "holds a run of another recipe" in error and "lr" in error
 
 
-def test_results_of_another_pretraining_are_refused(labels: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("--fractions", "[0.1, 1.0]", "--seeds", "1", "--validations", "1", "--pretrainings", "each")
-    assert main(["study", "labels", *SMOKE, *words, "--out", str(labels)]) == 1
+def test_results_of_another_pretraining_are_refused(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (*map(str, SMALL), "--seeds", "1", "--pretrainings", "each")
+    assert main(["study", "labels", *SMOKE, *words, "--out", str(small)]) == 1
     assert "started from: pretrain -> seed-0/pretrain" in capsys.readouterr().err.splitlines()[-1]
-    assert not (labels / "seed-0").exists()
+    assert not (small / "seed-0").exists()
 
 
-def test_curves_end_with_the_result_and_know_when_they_pass(labels: Path) -> None:
-    rows = [row(0.1, "supervised", 0, 0.9, run="fraction-0.1/seed-0/supervised")]
-    (curve,) = read_curves(rows, labels)
-    records = read_records(labels / "fraction-0.1/seed-0/supervised/metrics.jsonl")
+def test_curves_end_with_the_result_and_know_when_they_pass(small: Path) -> None:
+    rows = [row(1.0, "supervised", 0, 0.9, run="fraction-1/seed-0/supervised")]
+    (curve,) = read_curves(rows, small)
+    records = read_records(small / "fraction-1/seed-0/supervised/metrics.jsonl")
     trained = [record for record in records if record["kind"] == "train"]
     assert curve.columns["epoch"][-1] == 1 and curve.columns["val_top1"][-1] == 0.9
     assert curve.columns["seconds"][-1] == pytest.approx(trained[-1]["trained_s"])
@@ -262,20 +317,44 @@ def test_curves_end_with_the_result_and_know_when_they_pass(labels: Path) -> Non
     assert curve.passes(0.89) == (1, pytest.approx(trained[-1]["trained_s"])) and curve.passes(0.9) is None
 
 
-def test_the_other_studies_run_by_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    done("study", "augment", *SMOKE, "--views.size", 32, "--ops", "[noise]", "--out", "augment")
-    assert "| noise | noise |" in Path("augment/table.md").read_text()
-    done("study", "batch", *SMOKE, "--batches", "[8]", "--epochs", "[1]", "--seeds", 1, "--out", "batch")
-    done("study", "head", *SMOKE, "--layers", "[1]", "--seeds", 1, "--out", "head")
-    assert len(lines_of(Path("head/rows.csv"))) == 2
-    done("study", "size", *SMOKE, "--archs", "[resnet18]", "--widths", "[0.125]", "--seeds", 1, "--out", "size")
-    assert "| R18-0.125x |" in Path("size/table.md").read_text()
-    for name in ("augment", "batch", "head", "size"):
-        assert Path(name, "plot.png").is_file()
+@pytest.mark.parametrize("trains", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "words", "trainings", "said"),
+    [
+        ("augment", ("--views.size", 32, "--ops", "[noise]"), 2, "| noise | noise |"),
+        ("batch", ("--batches", "[8]", "--epochs", "[1]"), 2, "| 8 | 1 |"),
+        ("head", ("--layers", "[1]"), 3, "| 1 | 1 |"),
+        ("size", ("--archs", "[resnet18]", "--widths", "[0.125]"), 4, "| R18-0.125x |"),
+    ],
+)
+def test_the_other_studies_run_by_command(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    words: tuple[object, ...],
+    trainings: int,
+    said: str,
+    trains: bool,
+) -> None:
+    ran = noted(monkeypatch, tmp_path, trains=trains)
+    done("study", name, *SMOKE, *words, "--seeds", 1, "--out", tmp_path)
+    assert len(ran) == trainings and said in (tmp_path / "table.md").read_text()
+    assert len(lines_of(tmp_path / "rows.csv")) == trainings - 1 and (tmp_path / "plot.png").is_file()
 
 
-def test_transfer_starts_from_a_run_and_measures_other_folders(labels: Path, tmp_path: Path) -> None:
+def test_transfer_starts_from_a_run(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = noted(monkeypatch, tmp_path, trains=False)
+    words = ("--from", small / "pretrain", "--to", f"[{tmp_path / 'shades'}]", "--seeds", 1)
+    done("study", "transfer", *words, "--finetune.batch", 4, "--supervised.batch", 4, "--out", tmp_path / "moved")
+    assert [path.rpartition("/")[2] for path in ran] == ["knn", "linear", "finetune", "supervised"]
+    assert [entry["method"] for entry in lines_of(tmp_path / "moved/rows.csv")] == _TRANSFERS
+
+
+_TRANSFERS = ["kNN", "linear", "fine-tuned", "supervised"]
+
+
+@pytest.mark.slow
+def test_transfer_measures_other_folders(small: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     generator = torch.Generator().manual_seed(0)
@@ -286,10 +365,10 @@ def test_transfer_starts_from_a_run_and_measures_other_folders(labels: Path, tmp
             for k in range(count):
                 shade = torch.randint(0, 100, (20, 20, 3), generator=generator) + (150 if name == "bright" else 0)
                 Image.fromarray(shade.to(torch.uint8).numpy()).save(folder / f"{k}.png")
-    words = ("--from", labels / "pretrain", "--to", f"[{tmp_path / 'shades'}]", "--seeds", 1)
+    words = ("--from", small / "pretrain", "--to", f"[{tmp_path / 'shades'}]", "--seeds", 1)
     done("study", "transfer", *words, "--finetune.batch", 4, "--supervised.batch", 4, "--out", tmp_path / "moved")
     rows = lines_of(tmp_path / "moved/rows.csv")
-    assert [entry["method"] for entry in rows] == ["kNN", "linear", "fine-tuned", "supervised"]
+    assert [entry["method"] for entry in rows] == _TRANSFERS
     assert float(rows[1]["top1"]) == 1  # dark and bright, of an untrained network or a trained one
 
 
