@@ -2,7 +2,7 @@
 
 import sys
 
-from fastsimclr.versions import version_problems
+from fastsimclr.runtime.versions import version_problems
 
 
 def main() -> int:
@@ -10,7 +10,7 @@ def main() -> int:
     if problems := version_problems():
         print(*(f"error: {problem}" for problem in problems), sep="\n", file=sys.stderr)
         return 1
-    from fastsimclr.cli import main as run
+    from fastsimclr.cli.main import main as run
 
     return run()
 

@@ -10,13 +10,15 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from fastsimclr import checkpoint
 from fastsimclr.loaders import DataConfig, Policy
 from fastsimclr.models import ModelConfig
 from fastsimclr.optim import OptimConfig
-from fastsimclr.trainer_config import TrainerConfig
+from fastsimclr.runs.text import differences
+from fastsimclr.training.config import TrainerConfig
 
 Labels = Literal["subset", "all"]
+StageName = Literal["pretrain", "linear", "knn", "finetune", "supervised", "distill"]
+"""The stages, each a section of the recipe; stages/registry.py says what they are."""
 _SMOKE_BATCH = 16
 # How and where a run is computed, not what; trainer.* the stages look at themselves.
 _GOES_ON_WITH_OTHERS = ("trainer.", "device:", "data.threads:", "data.loader:", "data.cache", "data.resident_gib:")
@@ -411,5 +413,5 @@ def changes(before: str, recipe: Recipe) -> list[str]:
     now = dump_recipe(recipe)
     if before == now:
         return []
-    found = checkpoint.differences(dump_recipe(parse_recipe(before)), now)
+    found = differences(dump_recipe(parse_recipe(before)), now)
     return [change for change in found if not change.startswith(_GOES_ON_WITH_OTHERS)]

@@ -27,7 +27,7 @@ import hypothesis
 import pytest
 import torch
 
-from fastsimclr.versions import version_problems
+from fastsimclr.runtime.versions import version_problems
 
 VARIABLE = "FASTSIMCLR_TEST_DATA"
 REQUIRE = "FASTSIMCLR_REQUIRE_LOADERS"
@@ -186,11 +186,11 @@ def cifar_samples(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 class RanksPool:
     """Gloo ranks that live as long as the session: `pool(world, function, *args)` -> every rank's result, in order.
 
-    `function(ranks: fastsimclr.ranks.Ranks, *args)` runs in `world` (1 to 4) processes of one thread each, in which
-    every warning is an error. It stands at the top level of a test file, which each rank loads; arguments and results
-    are pickled. The processes are forked at the first call with that `world`, from one that has imported all, and keep
-    their groups. Where a rank raises, RuntimeError with its traceback; where one does not answer in `timeout_s`,
-    TimeoutError naming it. Both end the ranks of that `world`; the next call starts new ones.
+    `function(ranks, *args)`, with `ranks` a distributed.ranks.Ranks, runs in `world` (1 to 4) processes of one thread
+    each, in which every warning is an error. It stands at the top level of a test file, which each rank loads;
+    arguments and results are pickled. The processes are forked at the first call with that `world`, from one that has
+    imported all, and keep their groups. Where a rank raises, RuntimeError with its traceback; where one does not answer
+    in `timeout_s`, TimeoutError naming it. Both end the ranks of that `world`; the next call starts new ones.
     """
 
     def __init__(self, timeout_s: float = 180.0) -> None:

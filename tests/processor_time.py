@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 EXCEPTIONS: dict[str, str] = {
-    "tests/test_torchrun.py::test_sigterm_saves_once_at_one_step": "the one fast test of torchrun: three processes"
-    " that each import torch",
+    "tests/distributed/test_torchrun.py::test_sigterm_saves_once_at_one_step": (
+        "the one fast test of torchrun: three processes that each import torch"
+    ),
 }
 """Node id of a test, without its parameters -> why it may exceed the limit without being marked slow."""
 

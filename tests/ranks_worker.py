@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.parallel
 
 import fastsimclr.stages  # noqa: F401
-from fastsimclr.ranks import Ranks
+from fastsimclr.distributed.ranks import Ranks
 
 WAIT = timedelta(seconds=60)
 MOST = 4  # ranks of one group

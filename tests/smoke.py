@@ -39,7 +39,7 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
     root.mkdir(exist_ok=True)
 
     def run(name: str) -> Path:
-        from fastsimclr.cli import main  # not for the ranks, which load test files
+        from fastsimclr.cli.main import main  # not for the ranks, which load test files
 
         needs = [word.strip("{}") for word in _COMMANDS[name] if word.startswith("{")]
         folders = {f"{{{need}}}": str(run(need)) for need in needs}

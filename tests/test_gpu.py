@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsimclr.feed import Feed, ship
 from fastsimclr.kernels.gather import gather_views
 from fastsimclr.kernels.nt_xent import nt_xent
 from fastsimclr.kernels.views import make_views
 from fastsimclr.loaders import Batch, DataConfig, Policy, TrainLoader, draw, hold, open_data
 from fastsimclr.loaders.draw import simclr
-from fastsimclr.meter import Meter
+from fastsimclr.methods import Contrastive, MomentumContrast
 from fastsimclr.models import ModelConfig, build_simclr
-from fastsimclr.objectives import Contrastive, MomentumContrast
 from fastsimclr.optim import LARS, OptimConfig, Schedule, build_optimizer
-from fastsimclr.runtime import Precision, Runtime
-from fastsimclr.trainer import Job, Trainer
-from fastsimclr.trainer_config import TrainerConfig
+from fastsimclr.runtime.device import Precision, Runtime
+from fastsimclr.training.config import TrainerConfig
+from fastsimclr.training.feed import Feed, ship
+from fastsimclr.training.meter import Meter
+from fastsimclr.training.trainer import Job, Trainer
 from tests.captured import captured
 
 pytestmark = pytest.mark.gpu

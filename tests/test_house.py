@@ -66,11 +66,11 @@ def test_imports_go_downward() -> None:
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("fastsimclr/optim/upward.py", "import fastsimclr.objectives.base"),
+        ("fastsimclr/optim/upward.py", "import fastsimclr.methods.base"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
-                ("fastsimclr/objectives/upward.py", "from fastsimclr.loaders.batch import Ragged"),
+                ("fastsimclr/methods/upward.py", "from fastsimclr.loaders.batch import Ragged"),
                 ("loaders/upward.py", "import fastsimclr.kernels"),
                 ("fastsimclr/unlisted.py", ""),
             ]

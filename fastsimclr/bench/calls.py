@@ -13,7 +13,7 @@ from fastsimclr.bench.ceilings import Ceilings, measure_ceilings
 from fastsimclr.bench.memory import Call, free_memory, peak_in_child, peak_on_gpu
 from fastsimclr.bench.record import LOG, Report, Round, frame, spread
 from fastsimclr.loaders.shards.cache import GIB
-from fastsimclr.runtime import Runtime
+from fastsimclr.runtime.device import Runtime
 
 Row = dict[str, Any]
 _MOST_CALLS = 10_000

@@ -8,7 +8,7 @@ from typing import Any
 from fastsimclr.bench.calls import Row
 from fastsimclr.bench.record import Report
 from fastsimclr.bench.table import heading
-from fastsimclr.runlog import aligned
+from fastsimclr.runs.text import aligned
 
 
 def table_of_calls(result: Report) -> str:

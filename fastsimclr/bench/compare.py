@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsimclr.bench.record import FORMAT
-from fastsimclr.runlog import aligned
+from fastsimclr.runs.text import aligned
 
 # May differ: where things lie, and how the device was asked for.
 _FREE = ("config.json", "config.root", "config.device", "config.plot", "config.profile")

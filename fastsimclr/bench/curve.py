@@ -17,13 +17,13 @@ from fastsimclr.bench.configs import CurveBench
 from fastsimclr.bench.files import open_files
 from fastsimclr.bench.record import LOG, Report, frame
 from fastsimclr.loaders import DataConfig, Source, TrainLoader
+from fastsimclr.methods import Contrastive
 from fastsimclr.models import ModelConfig, build_simclr
-from fastsimclr.objectives import Contrastive
 from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
-from fastsimclr.runlog import aligned
-from fastsimclr.runtime import Runtime, choose_runtime
-from fastsimclr.trainer import Trainer
-from fastsimclr.trainer_config import TrainerConfig
+from fastsimclr.runs.text import aligned
+from fastsimclr.runtime.device import Runtime, choose_runtime
+from fastsimclr.training.config import TrainerConfig
+from fastsimclr.training.trainer import Trainer
 
 WINDOW = 20  # steps whose mean is one point of a curve
 

@@ -21,7 +21,7 @@ from fastsimclr.bench.trace import trace
 from fastsimclr.bench.training_configs import E2eBench
 from fastsimclr.loaders import DataConfig, Relabelled, Resident, Source, hold
 from fastsimclr.loaders.data import LoaderName
-from fastsimclr.runtime import Runtime, choose_runtime
+from fastsimclr.runtime.device import Runtime, choose_runtime
 
 NOTES = (
     "resident: its set-up, the decoding of all images once in a run, is in the facts and not in images/s",

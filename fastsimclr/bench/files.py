@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.datasets.folder import default_loader
 
 from fastsimclr.loaders import DataConfig, DataError, Source, Subset, open_data
-from fastsimclr.runtime import Runtime
+from fastsimclr.runtime.device import Runtime
 
 
 def open_files(root: str | None, images: int, side: int, seed: int, scratch: Path) -> tuple[Source, str]:

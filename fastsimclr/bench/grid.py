@@ -15,14 +15,14 @@ from fastsimclr.bench import ours
 from fastsimclr.bench.configs import Arch, BenchConfig
 from fastsimclr.bench.record import LAST, Contestant, Report, Round, Stopwatch, frame, measure
 from fastsimclr.loaders import Batch, DataConfig, Resident, Source, TrainLoader, hold, open_data
-from fastsimclr.meter import Meter
+from fastsimclr.methods import Contrastive
 from fastsimclr.models import ModelConfig, build_simclr, count_parameters
-from fastsimclr.objectives import Contrastive
 from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
-from fastsimclr.runlog import RunLog
-from fastsimclr.runtime import Runtime, choose_runtime
-from fastsimclr.trainer import Job, Trainer
-from fastsimclr.trainer_config import TrainerConfig
+from fastsimclr.runs.log import RunLog
+from fastsimclr.runtime.device import Runtime, choose_runtime
+from fastsimclr.training.config import TrainerConfig
+from fastsimclr.training.meter import Meter
+from fastsimclr.training.trainer import Job, Trainer
 
 Point = tuple[Arch, float, int, int]
 """Encoder, width, side of the views in pixels, images a step."""

@@ -20,7 +20,7 @@ from fastsimclr.bench.record import Report
 from fastsimclr.kernels.lars import lars_step
 from fastsimclr.models import ModelConfig, build_simclr
 from fastsimclr.optim import LARS
-from fastsimclr.runtime import choose_runtime
+from fastsimclr.runtime.device import choose_runtime
 
 TRUST = 0.001
 # The check's rate moves weights by half a percent, so that their rounding to float32, 6e-8 of them, is 1e-5 of the way.

@@ -23,7 +23,6 @@ from fastsimclr.bench import rivals
 from fastsimclr.bench.configs import LoaderBench
 from fastsimclr.bench.files import Files, open_files
 from fastsimclr.bench.record import LAST, LOG, Contestant, Report, Round, Stopwatch, frame, measure, spread
-from fastsimclr.feed import Feed
 from fastsimclr.loaders import (
     BetonSource,
     BetonWriter,
@@ -40,7 +39,8 @@ from fastsimclr.loaders import (
 )
 from fastsimclr.loaders.compiled import COMPILED, TURBO_JPEG
 from fastsimclr.loaders.decode import decode
-from fastsimclr.runtime import Runtime, choose_runtime
+from fastsimclr.runtime.device import Runtime, choose_runtime
+from fastsimclr.training.feed import Feed
 
 LEAD, TAIL = 8, 6  # batches before and after those that are timed; by then all buffers have their memory
 TRIED = 6  # batches by which a baseline's best setting is chosen

@@ -12,20 +12,20 @@ from torch import Tensor
 from fastsimclr.bench import baseline, ours, supervised
 from fastsimclr.bench.flops import flops_per_image
 from fastsimclr.bench.record import LAST, Contestant, Round, Stopwatch
-from fastsimclr.bench.training_configs import Stage, StageBench
+from fastsimclr.bench.training_configs import StageBench, TrainingStage
 from fastsimclr.models import count_parameters
-from fastsimclr.runtime import Runtime
+from fastsimclr.runtime.device import Runtime
 
 Tensors = Sequence[Tensor]
 _COMPILING = 2  # steps before the first round
 
 
-def title(stage: Stage) -> str:
+def title(stage: TrainingStage) -> str:
     """Whose baseline runs in a stage."""
     return baseline.title() if stage == "pretrain" else "torchvision"
 
 
-def notes(stage: Stage) -> list[str]:
+def notes(stage: TrainingStage) -> list[str]:
     """What a reader must know of it."""
     return baseline.notes() if stage == "pretrain" else [supervised.NOTE] if stage != "linear" else []
 

@@ -21,7 +21,7 @@ from fastsimclr.bench.configs import Dtype, LossBench
 from fastsimclr.bench.memory import Call
 from fastsimclr.bench.record import Report
 from fastsimclr.kernels.nt_xent import nt_xent
-from fastsimclr.runtime import choose_runtime
+from fastsimclr.runtime.device import choose_runtime
 
 Loss = Callable[[Tensor, float], Tensor]
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastsimclr.loaders import thread_count
-from fastsimclr.runtime import processor
+from fastsimclr.runtime.environment import processor
 
 _CLOCKS = (
     "clocks.sm",

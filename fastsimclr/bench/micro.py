@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastsimclr.accumulate import backward_in_parts
 from fastsimclr.bench import ours
 from fastsimclr.bench.calls import Candidate, Work, report_of_calls
 from fastsimclr.bench.ceilings import Ceilings
@@ -22,12 +21,13 @@ from fastsimclr.bench.configs import MicroBench
 from fastsimclr.bench.files import open_files
 from fastsimclr.bench.memory import Call
 from fastsimclr.bench.record import Report
-from fastsimclr.feed import ship
 from fastsimclr.loaders import DataConfig, TrainLoader
+from fastsimclr.methods import Contrastive
 from fastsimclr.models import ModelConfig, ResNet, build_simclr
-from fastsimclr.objectives import Contrastive
 from fastsimclr.optim import OptimConfig, build_optimizer
-from fastsimclr.runtime import Precision, Runtime, choose_runtime
+from fastsimclr.runtime.device import Precision, Runtime, choose_runtime
+from fastsimclr.training.feed import ship
+from fastsimclr.training.gradient_cache import backward_in_parts
 
 WHOLE = "the whole batch at once"
 LR = 1.0  # of the steps that come before gradients are compared

@@ -18,7 +18,7 @@ from fastsimclr.bench.configs import Dtype, NormBench
 from fastsimclr.bench.memory import Call
 from fastsimclr.bench.record import Report
 from fastsimclr.kernels.batch_norm import batch_norm
-from fastsimclr.runtime import choose_runtime
+from fastsimclr.runtime.device import choose_runtime
 
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAPS = (

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastsimclr.bench.training_configs import Stage, StageBench
+from fastsimclr.bench.training_configs import StageBench, TrainingStage
 from fastsimclr.loaders import Batch, Policy
+from fastsimclr.methods import Contrastive, CrossEntropy, Distillation, Objective
 from fastsimclr.models import ClassifierNet, ModelConfig, SimCLRNet, build_classifier, build_simclr
-from fastsimclr.objectives import Contrastive, CrossEntropy, Distillation, Objective
 from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
-from fastsimclr.trainer import Job
+from fastsimclr.training.trainer import Job
 
 # What both sides train with; SimCLR v1's head, which lightly's default is too.
 HEAD_LAYERS, HEAD_DIM, TEMPERATURE = 2, 128, 0.5
@@ -42,7 +42,7 @@ def policy_for(size: int) -> Policy:
     return Policy(size=size, strength=0.5, blur=0.0) if size <= 32 else Policy(size=size)
 
 
-def policy_of(stage: Stage, size: int) -> Policy:
+def policy_of(stage: TrainingStage, size: int) -> Policy:
     """The views of a stage: SimCLR's in pretraining, crop and flip in the others."""
     views = policy_for(size)
     return views if stage == "pretrain" else replace(views, jitter=0.0, grey=0.0, blur=0.0)

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastsimclr import checkpoint
 from fastsimclr.bench.machine import clocks, machine
-from fastsimclr.runtime import Runtime, environment
+from fastsimclr.runs.text import write_text
+from fastsimclr.runtime.device import Runtime
+from fastsimclr.runtime.environment import environment
 
 LOG = logging.getLogger("fastsimclr")
 FORMAT = 1
@@ -239,4 +240,4 @@ def _losses_alike(rows: Sequence[dict[str, Any]]) -> tuple[bool, str]:
 def write(path: Path, result: Report) -> None:
     """The report as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(path, json.dumps(result, indent=1) + "\n")
+    write_text(path, json.dumps(result, indent=1) + "\n")

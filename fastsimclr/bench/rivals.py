@@ -25,7 +25,7 @@ from fastsimclr.bench.baseline import TwoViews, plain_transform
 from fastsimclr.bench.files import Files, data_loader
 from fastsimclr.bench.ours import policy_for
 from fastsimclr.loaders.scratch import Scratch
-from fastsimclr.runtime import Runtime
+from fastsimclr.runtime.device import Runtime
 
 Stream = Callable[[], Iterator[Any]]
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)

@@ -22,7 +22,7 @@ from fastsimclr.bench.scaling_rank import ALL, ERROR
 from fastsimclr.bench.step import check_mode
 from fastsimclr.bench.training_configs import ScalingBench
 from fastsimclr.loaders import thread_count
-from fastsimclr.runtime import choose_runtime
+from fastsimclr.runtime.device import choose_runtime
 
 NOTES = (
     "images/s: of all ranks, over the seconds of the slowest; step times and phases are those of the slowest, too",

@@ -21,23 +21,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsimclr import checkpoint
-from fastsimclr.accumulate import Scale
 from fastsimclr.bench import watched
 from fastsimclr.bench.flops import measure_training
 from fastsimclr.bench.record import Contestant, Round
 from fastsimclr.bench.step import synthetic
 from fastsimclr.bench.training_configs import ScalingBench
-from fastsimclr.graphs import GraphedStep
-from fastsimclr.launch import launched
+from fastsimclr.distributed.ranks import Ranks
+from fastsimclr.distributed.torchrun import launched
 from fastsimclr.loaders import hold, open_data
+from fastsimclr.methods import Outcome
 from fastsimclr.models import batch_groups, set_groups
-from fastsimclr.objectives import Outcome
-from fastsimclr.parallel import Step
-from fastsimclr.ranks import Ranks
-from fastsimclr.runtime import choose_runtime
-from fastsimclr.trainer import Trainer
-from fastsimclr.trainer_config import TrainerConfig
+from fastsimclr.runs.text import write_text
+from fastsimclr.runtime.device import choose_runtime
+from fastsimclr.training.config import TrainerConfig
+from fastsimclr.training.cuda_graph import GraphedStep
+from fastsimclr.training.gradient_cache import Scale
+from fastsimclr.training.step import Step
+from fastsimclr.training.trainer import Trainer
 
 ERROR = "error: "
 ALL, UNAVERAGED, NONE = "all", "without averaging gradients", "none"
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = ScalingBench(**given | ({"ranks": tuple(given["ranks"])} if "ranks" in given else {}))
         found = measure_world(config.at_smoke_size())
         if launch.ranks.first:
-            checkpoint.write_text(Path(out), json.dumps(found) + "\n")
+            write_text(Path(out), json.dumps(found) + "\n")
         launch.wait()
     except Exception as error:
         traceback.print_exc()

@@ -16,9 +16,9 @@ from fastsimclr.bench.ours import policy_of
 from fastsimclr.bench.record import Contestant, Report, report, seconds_an_image, spread
 from fastsimclr.bench.trace import trace
 from fastsimclr.bench.training_configs import Mode, StepBench
-from fastsimclr.feed import Shipment
 from fastsimclr.loaders import DataConfig, hold, open_data
-from fastsimclr.runtime import Precision, Runtime, choose_runtime
+from fastsimclr.runtime.device import Precision, Runtime, choose_runtime
+from fastsimclr.training.feed import Shipment
 
 NOTES = ("the baseline's views are ready-made on the device and cost it nothing; ours are made in the step",)
 SMALL, LARGE = 2048, 512  # images held: of up to 32 px, and larger

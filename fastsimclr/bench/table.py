@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastsimclr.bench.record import Report
-from fastsimclr.runlog import aligned
+from fastsimclr.runs.text import aligned
 
 Row = dict[str, Any]
 

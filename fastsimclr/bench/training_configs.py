@@ -10,7 +10,7 @@ from typing import Literal
 from fastsimclr.bench.configs import Arch, TrainingBench
 from fastsimclr.loaders.data import LoaderName
 
-Stage = Literal["pretrain", "linear", "finetune", "distill"]
+TrainingStage = Literal["pretrain", "linear", "finetune", "distill"]
 Mode = Literal["eager", "compile", "graph"]
 
 
@@ -18,7 +18,7 @@ Mode = Literal["eager", "compile", "graph"]
 class StageBench(TrainingBench):
     """What a training is set by. Raises ValueError for a plot that cannot be drawn."""
 
-    stage: Stage = "pretrain"
+    stage: TrainingStage = "pretrain"
     """pretrain: NT-Xent of two views. linear, finetune: cross-entropy of one view, with and without a frozen encoder.
     distill: a teacher's class probabilities, of one view."""
     arch: Arch = "resnet18"
@@ -31,7 +31,7 @@ class StageBench(TrainingBench):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.plot is not None and Path(self.plot).suffix not in (".png", ".pdf", ".svg"):
-            raise ValueError(f"plot={self.plot!r} is no picture; give a file that ends in .png, .pdf or .svg")
+            raise ValueError(f"plot={self.plot!r} is not a picture; give a file that ends in .png, .pdf or .svg")
         if self.plot is not None and find_spec("matplotlib") is None:
             raise ValueError(
                 f'plot={self.plot!r} needs matplotlib, which is not installed; run: pip install "fastsimclr[bench]"'

@@ -30,7 +30,7 @@ from fastsimclr.kernels.gather.views import gather_views
 from fastsimclr.kernels.views import make_views
 from fastsimclr.loaders import DataConfig, Policy, Resident, Source, ViewParams, draw, hold
 from fastsimclr.loaders.sets.basic import SyntheticSource
-from fastsimclr.runtime import Runtime, choose_runtime
+from fastsimclr.runtime.device import Runtime, choose_runtime
 
 FEW = 64  # images a call of what works image by image, where the others' calls are made for a GPU
 ERROR_IMAGES = 32

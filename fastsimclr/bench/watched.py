@@ -13,23 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsimclr.accumulate import Scale
 from fastsimclr.bench.flops import flops_per_image
 from fastsimclr.bench.ours import LR, Batches, job_of, networks_of, objective_of, optimizer_of, policy_of
 from fastsimclr.bench.record import LAST, Contestant, Round, Stopwatch
 from fastsimclr.bench.training_configs import Mode, StageBench
-from fastsimclr.feed import Feed, Shipment
-from fastsimclr.graphs import WARM_UP
 from fastsimclr.loaders import Batch, DataConfig, Policy, Resident, Source, TrainLoader
-from fastsimclr.meter import Meter
+from fastsimclr.methods import Distillation, Objective, Outcome
 from fastsimclr.models import count_parameters
-from fastsimclr.objectives import Distillation, Objective, Outcome
 from fastsimclr.optim import Schedule
-from fastsimclr.parallel import Step
-from fastsimclr.runlog import RunLog
-from fastsimclr.runtime import Runtime
-from fastsimclr.trainer import Job, Trainer
-from fastsimclr.trainer_config import TrainerConfig
+from fastsimclr.runs.log import RunLog
+from fastsimclr.runtime.device import Runtime
+from fastsimclr.training.config import TrainerConfig
+from fastsimclr.training.cuda_graph import WARM_UP
+from fastsimclr.training.feed import Feed, Shipment
+from fastsimclr.training.gradient_cache import Scale
+from fastsimclr.training.meter import Meter
+from fastsimclr.training.step import Step
+from fastsimclr.training.trainer import Job, Trainer
 
 READY = 4  # batches of ready-made views or images that a part of the work goes around
 _PREPARING: dict[Mode, int] = {"eager": 0, "compile": 2, "graph": WARM_UP + 1}  # steps; the last captures the graph

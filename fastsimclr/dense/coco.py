@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsimclr.loaders import DataError
-from fastsimclr.runlog import logger
+from fastsimclr.runs.log import logger
 
 EDGE_PX = 1.0  # COCO's own boxes end up to a pixel outside of their images
 EMPTY_PX = 0.005  # some of them have no height; their numbers have two decimals

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsimclr.checkpoint import write_text
 from fastsimclr.dense.coco import Annotations, Boxes, read_coco
 from fastsimclr.dense.fit import FitConfig, Item, fit, read_image, split
 from fastsimclr.dense.networks import Body, detector
 from fastsimclr.deploy.files import need
 from fastsimclr.loaders import DataError
+from fastsimclr.runs.text import write_text
 
 
 @dataclass(frozen=True, kw_only=True)

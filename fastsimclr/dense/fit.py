@@ -17,13 +17,15 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from fastsimclr import checkpoint
 from fastsimclr.dense.networks import Init, Norm
 from fastsimclr.loaders import DataError
 from fastsimclr.loaders.whole import whole_file
-from fastsimclr.runlog import logger
-from fastsimclr.runtime import choose_runtime, environment
-from fastsimclr.stopping import StopFlag, Stopped
+from fastsimclr.runs import checkpoint
+from fastsimclr.runs.log import logger
+from fastsimclr.runs.stop import StopFlag, Stopped
+from fastsimclr.runs.text import write_text
+from fastsimclr.runtime.device import choose_runtime
+from fastsimclr.runtime.environment import environment
 
 LOG_EVERY_STEPS = 20
 T = TypeVar("T")
@@ -164,7 +166,7 @@ def fit(name: str, task: Task, config: FitConfig) -> dict[str, Any]:
         "settings": asdict(config),
         "environment": environment(runtime) | {"torchvision": _torchvision()},
     }
-    checkpoint.write_text(out / "result.json", json.dumps(result, indent=2) + "\n")
+    write_text(out / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
 

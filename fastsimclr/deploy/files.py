@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from fastsimclr.checkpoint import sync_folder
+from fastsimclr.runs.checkpoint import sync_folder
 
 
 @contextlib.contextmanager

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import fastsimclr
-from fastsimclr import checkpoint
 from fastsimclr.deploy.card import Card, Part, preprocessing
 from fastsimclr.loaders import Policy
 from fastsimclr.models import ClassifierNet, ModelConfig, ResNet, SimCLRNet
 from fastsimclr.recipe import parse_recipe
-from fastsimclr.runtime import Runtime
+from fastsimclr.runs import checkpoint
+from fastsimclr.runtime.device import Runtime
 from fastsimclr.stages import Setting, recipe_path
 from fastsimclr.stages.networks import load_trained
 

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from fastsimclr.deploy.images import open_images
 from fastsimclr.deploy.origin import Origin, Precision, open_run
-from fastsimclr.feed import ship
 from fastsimclr.loaders import DataConfig, EvalLoader
-from fastsimclr.runlog import logger
-from fastsimclr.stopping import StopFlag, Stopped
+from fastsimclr.runs.log import logger
+from fastsimclr.runs.stop import StopFlag, Stopped
+from fastsimclr.training.feed import ship
 
 
 @dataclass(frozen=True, kw_only=True)

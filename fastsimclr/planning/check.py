@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fastsimclr.planning.published import POINTS, law, predicted
 from fastsimclr.planning.rates import Measured, Rates, rates_of
-from fastsimclr.runlog import aligned
+from fastsimclr.runs.text import aligned
 
 LIMIT = 0.25  # relative error of a held-out step
 

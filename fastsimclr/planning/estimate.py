@@ -17,7 +17,7 @@ from fastsimclr.models import ModelConfig
 from fastsimclr.planning.hardware import Cluster
 from fastsimclr.planning.rates import Rates, lars_work, loss_work, momentum_work
 from fastsimclr.planning.work import Counted, Work, count
-from fastsimclr.trainer_config import TrainerConfig
+from fastsimclr.training.config import TrainerConfig
 
 HALF = ("bf16", "fp16")
 

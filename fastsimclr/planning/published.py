@@ -21,7 +21,7 @@ from fastsimclr.planning.estimate import StepPlan, counted_for, step_time
 from fastsimclr.planning.hardware import GPUS, TPU_V3_CORE, Cluster, Gpu, PlanOptions
 from fastsimclr.planning.rates import Rates, nonnegative
 from fastsimclr.planning.work import Work
-from fastsimclr.trainer_config import TrainerConfig
+from fastsimclr.training.config import TrainerConfig
 
 IMAGENET = 1_281_167
 Role = Literal["fitted", "factor", "step", "end to end"]

@@ -7,10 +7,12 @@ from fastsimclr.stages.evaluation import evaluate_knn, evaluate_linear
 from fastsimclr.stages.networks import recipe_path
 from fastsimclr.stages.pretrain import pretrain
 from fastsimclr.stages.protocols import evaluate
+from fastsimclr.stages.registry import STAGES
 from fastsimclr.stages.report import evaluation_lines, result_lines, summary
 from fastsimclr.stages.setting import Setting
 
 __all__ = [
+    "STAGES",
     "Setting",
     "distill",
     "evaluate",

@@ -8,18 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastsimclr import checkpoint
 from fastsimclr.recipe import Recipe, changes, dump_recipe
-from fastsimclr.runlog import logger
-from fastsimclr.stages.classifiers import finetune, supervised
-from fastsimclr.stages.distillation import distill
-from fastsimclr.stages.evaluation import evaluate_knn, evaluate_linear
-from fastsimclr.stages.pretrain import pretrain
+from fastsimclr.runs.log import logger
+from fastsimclr.runs.text import write_text
+from fastsimclr.stages.registry import STAGES, chain_steps
 from fastsimclr.stages.setting import Setting
 
 Results = dict[str, dict[str, Any]]
-STAGES = ("pretrain", "knn", "linear", "supervised", "finetune", "distill")
-SELF_FIRST = (*STAGES[:-1], "self-distill", STAGES[-1])
 
 
 def run_chain(recipe: Recipe, out: Path) -> Results:
@@ -28,36 +23,25 @@ def run_chain(recipe: Recipe, out: Path) -> Results:
     Raises FileExistsError if `out` holds a run of another recipe.
     """
     setting = Setting(recipe)
-    stages = SELF_FIRST if recipe.distill.self_first else STAGES
+    steps = chain_steps(recipe.distill.self_first)
     first = setting.ranks.on_first
     first(lambda: _claim(recipe, out))
-    results: Results = first(lambda: _done(out, stages))
-    for stage in stages:
-        run = out / stage
+    results: Results = first(lambda: _done(out, [step.folder for step in steps]))
+    for step in steps:
+        stage, run = step.folder, out / step.folder
         if stage in results:
             logger.info("%s: done before, in %s", stage, run / "result.json")
             continue
-        match stage:
-            case "pretrain":
-                result = pretrain(setting, run, resume=True)
-            case "knn":
-                result = evaluate_knn(setting, out / "pretrain", run, resume=True)
-            case "linear":
-                result = evaluate_linear(setting, out / "pretrain", run, resume=True)
-            case "supervised":
-                result = supervised(setting, run, resume=True)
-            case "finetune":
-                result = finetune(setting, out / "pretrain", run, resume=True)
-            case "self-distill":
-                own = replace(recipe, distill=replace(recipe.distill, into_itself=True))
-                result = distill(setting.with_recipe(own), out / "finetune", run, resume=True)
-            case _:
-                result = distill(setting, out / stages[-2], run, resume=True)
+        starts = [] if step.after is None else [str(out / step.after)]
+        own = setting
+        if step.into_itself:
+            own = setting.with_recipe(replace(recipe, distill=replace(recipe.distill, into_itself=True)))
+        result = STAGES[step.stage].run(own, starts, run, resume=True)
         results[stage] = result
         logger.info("%s: %s", stage, _brief(result))
-    results = {stage: results[stage] for stage in stages}
+    results = {step.folder: results[step.folder] for step in steps}
     if setting.ranks.first:
-        checkpoint.write_text(out / "result.json", json.dumps(results, indent=2) + "\n")
+        write_text(out / "result.json", json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -89,7 +73,7 @@ def _claim(recipe: Recipe, out: Path) -> None:
             " give the same settings to go on, or another --out"
         )
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(path, dump_recipe(recipe))
+    write_text(path, dump_recipe(recipe))
 
 
 def _brief(result: dict[str, Any]) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from fastsimclr.methods import CrossEntropy
 from fastsimclr.models import ModelConfig, build_classifier, classifier_from
-from fastsimclr.objectives import CrossEntropy
 from fastsimclr.stages.measured import measured
 from fastsimclr.stages.networks import digest, load_simclr, network_facts
 from fastsimclr.stages.published import beside

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from fastsimclr.loaders import Source
+from fastsimclr.methods import Distillation
+from fastsimclr.methods.distillation import Ensemble, RecordedDistillation
 from fastsimclr.models import ClassifierNet, ModelConfig, build_classifier, count_parameters
-from fastsimclr.objectives import Distillation
-from fastsimclr.objectives.distillation import Ensemble, RecordedDistillation
-from fastsimclr.runlog import logger
+from fastsimclr.runs.log import logger
 from fastsimclr.stages.measured import measured
 from fastsimclr.stages.networks import network_facts
 from fastsimclr.stages.published import beside

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
-from fastsimclr import checkpoint
-from fastsimclr.evaluate import Features, calibrate_bn, extract, knn, logistic_regression, raw_pixels
+from fastsimclr.evaluation.features import Features, calibrate_bn, extract, raw_pixels
+from fastsimclr.evaluation.knn import knn
+from fastsimclr.evaluation.logistic import logistic_regression
+from fastsimclr.evaluation.scores import Report, Score, score
 from fastsimclr.loaders import DataError, Source, hold_out
+from fastsimclr.methods import CrossEntropy, LinearSweep
 from fastsimclr.models import Classifier, ClassifierNet, ModelConfig, ProjectionHead, build_encoder
-from fastsimclr.objectives import CrossEntropy, LinearSweep
 from fastsimclr.optim import HeadSetting
-from fastsimclr.scores import Report, Score, score
+from fastsimclr.runs import checkpoint
 from fastsimclr.stages.measured import measure, measured
 from fastsimclr.stages.networks import digest, load_encoder
 from fastsimclr.stages.published import beside

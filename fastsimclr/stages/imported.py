@@ -10,11 +10,12 @@ from typing import Any, get_args
 from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 
-from fastsimclr import checkpoint
 from fastsimclr.loaders import Policy
 from fastsimclr.models import ModelConfig, count_parameters
 from fastsimclr.models.google import GoogleNet, Weights, read_google
 from fastsimclr.recipe import FinetuneConfig, PretrainConfig, Recipe, dump_recipe
+from fastsimclr.runs import checkpoint
+from fastsimclr.runs.text import write_text
 from fastsimclr.stages.networks import digest, network_facts
 
 CLASSIFIER = "classifier"  # the folder of the classifier's run, within that of the import
@@ -140,7 +141,7 @@ def _write(
     """A run folder as the trainer leaves one, of a training that is over."""
     run.mkdir(parents=True, exist_ok=True)
     text, step = dump_recipe(recipe), found.step or 0
-    checkpoint.write_text(run / "recipe.yaml", text)
+    write_text(run / "recipe.yaml", text)
     checkpoint.save(
         run,
         {
@@ -160,5 +161,5 @@ def _write(
         keep=1,
     )
     result = {"stage": stage, "metrics": {}, "imported": record, "parameters": count_parameters(network)}
-    checkpoint.write_text(run / "result.json", json.dumps(result, indent=2) + "\n")
+    write_text(run / "result.json", json.dumps(result, indent=2) + "\n")
     return result

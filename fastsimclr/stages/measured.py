@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fastsimclr import checkpoint
-from fastsimclr.evaluate import Features
+from fastsimclr.evaluation.features import Features
+from fastsimclr.evaluation.scores import Report, Score, by_group, calibration, confusion
 from fastsimclr.loaders.sets.subgroups import NO_SUBGROUP
-from fastsimclr.scores import Report, Score, by_group, calibration, confusion
+from fastsimclr.runs.text import write_text
 from fastsimclr.stages.setting import Setting
 
 _MOST_CLASSES = 100  # of which result.json holds the confusion matrix
@@ -79,7 +79,7 @@ def put_confusion(result: dict[str, Any], run: Path | None) -> None:
         lines = csv.writer(text, lineterminator="\n")
         lines.writerow(("true", "predicted", "images"))
         lines.writerows((names[true], names[predicted], images) for true, predicted, images in pairs)
-        checkpoint.write_text(run / "confusion.csv", text.getvalue())
+        write_text(run / "confusion.csv", text.getvalue())
 
 
 def as_json(result: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastsimclr import checkpoint
 from fastsimclr.models import (
     ClassifierNet,
     ModelConfig,
@@ -20,7 +19,8 @@ from fastsimclr.models import (
     build_simclr,
     load_weights,
 )
-from fastsimclr.runlog import logger
+from fastsimclr.runs import checkpoint
+from fastsimclr.runs.log import logger
 
 # Under which name a stage's objective holds the network that it trained.
 _TRAINED = {

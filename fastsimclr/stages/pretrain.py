@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 
-from fastsimclr.evaluate import extract, knn, logistic_regression
+from fastsimclr.evaluation.features import extract
+from fastsimclr.evaluation.knn import knn
+from fastsimclr.evaluation.logistic import logistic_regression
+from fastsimclr.methods import Contrastive, MomentumContrast
 from fastsimclr.models import SimCLRNet, build_simclr
-from fastsimclr.objectives import Contrastive, MomentumContrast
 from fastsimclr.recipe import Recipe
-from fastsimclr.runlog import logger
+from fastsimclr.runs.log import logger
 from fastsimclr.stages.networks import network_facts
 from fastsimclr.stages.setting import Setting
 from fastsimclr.stages.training import train, write_result
+from fastsimclr.training.hooks import Hook, steps_of
 
 
 def pretrain(setting: Setting, run: Path, resume: bool) -> dict[str, Any]:
@@ -36,9 +39,7 @@ def pretrain(setting: Setting, run: Path, resume: bool) -> dict[str, Any]:
     if config.probe_every_epochs is not None and not (len(setting.splits.train) and len(setting.splits.val)):
         logger.warning("pretrain: no probes, %s has no labelled images for training and validation", source.name)
     elif config.probe_every_epochs is not None:
-        hooks.append(
-            Probe(setting, network, every_steps=max(1, config.probe_every_epochs * len(source) // config.batch))
-        )
+        hooks.append(Probe(setting, network, steps_of(config.probe_every_epochs, len(source), config.batch)))
     outcome = train(
         setting,
         stage="pretrain",
@@ -75,16 +76,12 @@ def _objective(recipe: Recipe, network: SimCLRNet) -> Contrastive:
 _PROBE_IMAGES = 20_000  # enough to follow a training; all of ImageNet would take the GPU's memory
 
 
-class Probe:
+class Probe(Hook):
     """kNN and linear accuracy of the encoder so far, on the labels that the linear stage would use."""
 
-    kind = "probe"
-
     def __init__(self, setting: Setting, network: SimCLRNet, every_steps: int) -> None:
-        self._setting, self._network, self._every = setting, network, every_steps
-
-    def due(self, step: int) -> bool:
-        return step % self._every == 0
+        super().__init__(every_steps)
+        self._setting, self._network = setting, network
 
     def __call__(self, step: int) -> dict[str, float]:
         return probe(self._setting, self._network.encoder.eval())

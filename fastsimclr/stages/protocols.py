@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from fastsimclr import checkpoint
 from fastsimclr.loaders import DataError, label_subset
 from fastsimclr.loaders.sets.splits import counts_of
 from fastsimclr.models import ModelConfig
 from fastsimclr.recipe import EvaluateConfig, Labels, Recipe, changes, dump_recipe
-from fastsimclr.runlog import logger
+from fastsimclr.runs.log import logger
+from fastsimclr.runs.text import write_text
 from fastsimclr.stages.classifiers import finetune
 from fastsimclr.stages.evaluation import evaluate_knn, evaluate_linear
 from fastsimclr.stages.measured import as_json, measured
@@ -69,7 +69,7 @@ def evaluate(recipe: Recipe, source: Path, out: Path, resume: bool) -> dict[str,
         if a_classifier:
             evaluation["report"] = result
         if ranks.first:
-            checkpoint.write_text(out / "evaluation.json", as_json(evaluation))
+            write_text(out / "evaluation.json", as_json(evaluation))
     return evaluation
 
 
@@ -93,9 +93,9 @@ def _claim(recipe: Recipe, source: Path, out: Path, resume: bool) -> tuple[dict[
     elif out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty and holds no evaluation; give another --out")
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(out / "recipe.yaml", dump_recipe(recipe))
+    write_text(out / "recipe.yaml", dump_recipe(recipe))
     if not path.is_file():
-        checkpoint.write_text(path, as_json({"network": evaluated, "protocols": []}))
+        write_text(path, as_json({"network": evaluated, "protocols": []}))
     return evaluated, rows
 
 

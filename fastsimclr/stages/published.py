@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 from fastsimclr.models import ModelConfig
 from fastsimclr.models.foreign import wordnet_ids
-from fastsimclr.recipe import Labels
+from fastsimclr.recipe import Labels, StageName
 from fastsimclr.stages.setting import Setting
 
 Dataset = Literal["ImageNet", "CIFAR-10"]
-Stage = Literal["linear", "knn", "finetune", "distill"]
 V1, V2, GOOGLE = "arXiv 2002.05709", "arXiv 2006.10029", "google-research/simclr"
 
 
@@ -26,7 +25,7 @@ class Published:
     """
 
     dataset: Dataset
-    stage: Stage
+    stage: StageName
     version: int | None
     arch: str
     width: float
@@ -39,7 +38,7 @@ class Published:
 
 
 def _entry(
-    stage: Stage,
+    stage: StageName,
     network: str,
     top1: float,
     *,

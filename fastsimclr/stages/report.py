@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from fastsimclr.runlog import aligned
+from fastsimclr.runs.text import aligned
 from fastsimclr.stages.published import published_line
 
 Results = dict[str, dict[str, Any]]

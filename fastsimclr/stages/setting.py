@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastsimclr import checkpoint
 from fastsimclr.loaders import (
     Batch,
     DataConfig,
@@ -37,8 +36,10 @@ from fastsimclr.loaders import (
     too_many_damaged,
 )
 from fastsimclr.recipe import Labels, Recipe, dump_recipe
-from fastsimclr.runlog import logger
-from fastsimclr.runtime import choose_runtime, environment
+from fastsimclr.runs.log import logger
+from fastsimclr.runs.text import differences
+from fastsimclr.runtime.device import choose_runtime
+from fastsimclr.runtime.environment import environment
 
 _SMOKE_IMAGES = 64
 _EVALUATION_BATCH = 256
@@ -73,7 +74,7 @@ class Setting:
         """ValueError where a rank was given another recipe or chose another precision than rank 0."""
         texts = self.ranks.gather(dump_recipe(self.recipe))
         for rank, text in enumerate(texts):
-            if changes := checkpoint.differences(texts[0], text):
+            if changes := differences(texts[0], text):
                 raise ValueError(
                     f"rank {rank} was given another recipe than rank 0 ({'; '.join(changes[:3])});"
                     " give the same options and files on every machine"

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsimclr import checkpoint
-from fastsimclr.evaluate import extract
+from fastsimclr.evaluation.features import extract
 from fastsimclr.loaders import DataError, Relabelled, Source
 from fastsimclr.loaders.draw import Rendering
 from fastsimclr.loaders.whole import whole_file
 from fastsimclr.models import ModelConfig
 from fastsimclr.models.foreign import ForeignNet, Stats, is_foreign, load_foreign
 from fastsimclr.recipe import parse_recipe
-from fastsimclr.runlog import logger
+from fastsimclr.runs import checkpoint
+from fastsimclr.runs.log import logger
 from fastsimclr.stages.networks import classifier_and_facts, digest, recipe_path
 from fastsimclr.stages.setting import Setting
 

@@ -9,18 +9,20 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from fastsimclr import checkpoint
-from fastsimclr.evaluate import extract
+from fastsimclr.evaluation.features import extract
+from fastsimclr.evaluation.scores import Report, score
 from fastsimclr.kernels.backend import chosen
 from fastsimclr.loaders import DataError, Policy, Source
+from fastsimclr.methods import Objective
 from fastsimclr.models import ClassifierNet, count_parameters
-from fastsimclr.objectives import Objective
 from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
 from fastsimclr.recipe import dump_recipe
-from fastsimclr.scores import Report, score
+from fastsimclr.runs import checkpoint
+from fastsimclr.runs.text import write_text
 from fastsimclr.stages.measured import as_json, measure, put_confusion
 from fastsimclr.stages.setting import Setting, order_name
-from fastsimclr.trainer import Hook, Job, Trainer
+from fastsimclr.training.hooks import Hook, steps_of
+from fastsimclr.training.trainer import Job, Trainer
 
 _DEFAULT_BATCH = 256
 
@@ -148,16 +150,12 @@ def classifier_score(setting: Setting, network: nn.Module) -> Report:
     return measure(setting, score(logits.values, logits.labels, setting.ranks), logits, logits.values)
 
 
-class Validation:
+class Validation(Hook):
     """Top-1 of the validation images, as val_top1."""
 
-    kind = "probe"
-
     def __init__(self, setting: Setting, network: ClassifierNet, every_steps: int) -> None:
-        self._setting, self._network, self._every = setting, network, every_steps
-
-    def due(self, step: int) -> bool:
-        return step % self._every == 0
+        super().__init__(every_steps)
+        self._setting, self._network = setting, network
 
     def __call__(self, step: int) -> dict[str, float]:
         return {"val_top1": classifier_score(self._setting, self._network).top1}
@@ -171,7 +169,7 @@ def validations(
     def hooks(batch: int) -> Sequence[Hook]:
         if every_epochs is None:
             return ()
-        return (Validation(setting, network, max(1, every_epochs * len(source) // batch)),)
+        return (Validation(setting, network, steps_of(every_epochs, len(source), batch)),)
 
     return hooks
 
@@ -209,7 +207,7 @@ def write_evaluation(
         if checkpoint.saved(run):
             raise FileExistsError(f"run folder {run} holds the checkpoints of a training; give another --out")
         run.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(run / "recipe.yaml", dump_recipe(setting.recipe))
+        write_text(run / "recipe.yaml", dump_recipe(setting.recipe))
 
     setting.ranks.on_first(claim)
     views = chosen("views", setting.runtime.device)
@@ -228,5 +226,5 @@ def _write(setting: Setting, run: Path, stage: str, result: dict[str, Any], netw
     }
     put_confusion(result, run if setting.ranks.first else None)
     if setting.ranks.first:
-        checkpoint.write_text(run / "result.json", as_json(result))
+        write_text(run / "result.json", as_json(result))
     return result

@@ -10,10 +10,11 @@ from typing import Any, ClassVar, Literal
 
 from fastsimclr.loaders import Policy
 from fastsimclr.recipe import Recipe
-from fastsimclr.studies.base import Cell, Study, seeded, several
+from fastsimclr.studies.base import Study, seeded, several
+from fastsimclr.studies.cells import Cell, Row
 from fastsimclr.studies.jobs import Job
 from fastsimclr.studies.plot import grid
-from fastsimclr.studies.table import Row, means
+from fastsimclr.studies.table import means
 
 Op = Literal["crop", "cutout", "colour", "sobel", "noise", "blur", "rotation"]
 # Each always changes the view, but the flip, and colour with its chances in SimCLR; a turn by 0 is as likely as others.

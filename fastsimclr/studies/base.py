@@ -6,25 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from fastsimclr.recipe import Recipe
-from fastsimclr.studies.jobs import Job
-
-if TYPE_CHECKING:
-    from fastsimclr.studies.table import Row
-
-Value = float | int | str | bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One accuracy: where in the study it stands, by which method, with which seed, and the job that measures it."""
-
-    point: dict[str, Value]
-    method: str
-    seed: int
-    job: Job
+from fastsimclr.studies.cells import Cell, Row, Value
+from fastsimclr.studies.plot import lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +46,6 @@ class Study(ABC):
 
     def draw(self, rows: Sequence[Row], path: Path) -> None:
         """The picture."""
-        from fastsimclr.studies.plot import lines
-
         lines(rows, path, x=self.x, unit=self.unit, logarithmic=self.logarithmic, title=f"study {self.name}")
 
     def seeds_of(self, recipe: Recipe) -> range:

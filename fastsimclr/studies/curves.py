@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from fastsimclr import checkpoint
-from fastsimclr.runlog import read_records
-from fastsimclr.studies.table import Row
+from fastsimclr.runs.log import read_records
+from fastsimclr.runs.text import write_text
+from fastsimclr.studies.cells import Row
 
 COLUMNS = ("epoch", "seconds", "loss", "train_top1", "val_top1")
 
@@ -70,4 +70,4 @@ def write_curves(curves: Sequence[Curve], path: Path, *, axis: str) -> None:
         for values in zip(*curve.columns.values(), strict=True):
             cells = ["" if math.isnan(value) else round(value, 5) for value in values]
             writer.writerow([row.point[axis], row.method, row.seed, *cells])
-    checkpoint.write_text(path, text.getvalue())
+    write_text(path, text.getvalue())

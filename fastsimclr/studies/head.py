@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from fastsimclr.recipe import Recipe
-from fastsimclr.studies.base import Cell, Study, seeded, several
+from fastsimclr.studies.base import Study, seeded, several
+from fastsimclr.studies.cells import Cell
 from fastsimclr.studies.jobs import Job
 
 

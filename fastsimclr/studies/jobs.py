@@ -13,15 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from fastsimclr import checkpoint, stages
+from fastsimclr import stages
 from fastsimclr.loaders import thread_count
-from fastsimclr.recipe import Recipe, changes, dump_recipe
-from fastsimclr.runlog import logger
-from fastsimclr.stopping import StopFlag, Stopped
+from fastsimclr.recipe import Recipe, StageName, changes, dump_recipe
+from fastsimclr.runs import checkpoint
+from fastsimclr.runs.log import logger
+from fastsimclr.runs.stop import StopFlag, Stopped
+from fastsimclr.runs.text import write_text
 
 _POLL_S = 0.2
 _RECORD = "jobs.json"
@@ -33,7 +35,7 @@ class Job:
     `start`, which no job of the study made; pretrain and supervised from nothing."""
 
     name: str
-    stage: Literal["pretrain", "linear", "knn", "finetune", "supervised", "distill"]
+    stage: StageName
     recipe: Recipe
     after: Job | None = None
     start: str | None = None
@@ -64,7 +66,7 @@ class Job:
         """The words after `fastsimclr` that run it; its recipe is the file beside its folder."""
         words = [self.stage, "--config", str(self.file(out))]
         if (start := self.begins_at(out)) is not None:
-            words += ["--teacher" if self.stage == "distill" else "--from", str(start)]
+            words += ["--teacher" if stages.STAGES[self.stage].start == "teachers" else "--from", str(start)]
         return [*words, "--out", str(out / self.name), "--resume", "auto"]
 
     def file(self, out: Path) -> Path:
@@ -141,7 +143,7 @@ def _note(job: Job, out: Path, outcomes: Outcomes, seconds: float) -> None:
     before = outcomes.record.get(job.name, {}).get("wall_s", 0.0)
     outcomes.record[job.name] = {"start": job.origin, "wall_s": round(before + seconds, 2)}
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(out / _RECORD, json.dumps(outcomes.record, indent=2) + "\n")
+    write_text(out / _RECORD, json.dumps(outcomes.record, indent=2) + "\n")
 
 
 def _left_out(job: Job, outcomes: Outcomes) -> bool:
@@ -177,20 +179,8 @@ def _one_by_one(jobs: Sequence[Job], out: Path, outcomes: Outcomes) -> None:
 
 
 def _run(job: Job, setting: stages.Setting, out: Path) -> dict[str, Any]:
-    folder = out / job.name
-    if job.stage == "pretrain":
-        return stages.pretrain(setting, folder, resume=True)
-    if job.stage == "supervised":
-        return stages.supervised(setting, folder, resume=True)
     start = job.begins_at(out)
-    assert start is not None  # the other stages start from a run
-    stage = {
-        "linear": stages.evaluate_linear,
-        "knn": stages.evaluate_knn,
-        "finetune": stages.finetune,
-        "distill": stages.distill,
-    }[job.stage]
-    return stage(setting, start, folder, resume=True)
+    return stages.STAGES[job.stage].run(setting, [] if start is None else [str(start)], out / job.name, resume=True)
 
 
 def places_of(recipe: Recipe, side_by_side: int) -> tuple[str | None, ...]:
@@ -249,7 +239,7 @@ def _started(job: Job, out: Path, device: str | None, places: int) -> subprocess
     threads = job.recipe.data.threads or max(1, thread_count(0) // places)
     recipe = replace(job.recipe, data=replace(job.recipe.data, threads=threads))
     recipe = recipe if device is None else replace(recipe, device="cuda")  # the only one that it sees
-    checkpoint.write_text(file, dump_recipe(recipe))
+    write_text(file, dump_recipe(recipe))
     logger.info("study: %s%s", job.name, "" if device is None else f" on GPU {device}")
     environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
     with file.with_suffix(".log").open("ab") as log:

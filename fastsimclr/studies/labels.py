@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from fastsimclr.recipe import FinetuneConfig, Recipe, SupervisedConfig
-from fastsimclr.studies.base import Cell, Study, seeded, several
+from fastsimclr.studies.base import Study, seeded, several
+from fastsimclr.studies.cells import Cell, Row
 from fastsimclr.studies.curves import read_curves, write_curves
 from fastsimclr.studies.jobs import Job
 from fastsimclr.studies.plot import panels
-from fastsimclr.studies.table import Row, crossing, means
+from fastsimclr.studies.table import crossing, means
 
 Method = Literal["linear", "fine-tuned", "distilled", "supervised"]
 _AXIS = "label_fraction"

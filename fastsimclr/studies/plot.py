@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastsimclr.studies.table import Row, axes_of, means
+from fastsimclr.studies.cells import Row
+from fastsimclr.studies.table import axes_of, means
 
 
 def lines(rows: Sequence[Row], path: Path, *, x: str, unit: str, logarithmic: bool, title: str) -> None:

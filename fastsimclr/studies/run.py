@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastsimclr import checkpoint
 from fastsimclr.recipe import Recipe, dump_recipe
+from fastsimclr.runs.text import write_text
 from fastsimclr.studies.base import Study
 from fastsimclr.studies.jobs import Job, Outcomes, in_order, places_of, run_jobs
 from fastsimclr.studies.table import as_csv, as_markdown, rows_of
@@ -34,7 +34,7 @@ def run_study(study: Study, recipe: Recipe, out: Path, *, world: int = 1, first:
     jobs = in_order([cell.job for cell in cells])
     if first:
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(out / "recipe.yaml", dump_recipe(recipe))
+        write_text(out / "recipe.yaml", dump_recipe(recipe))
     outcomes = run_jobs(jobs, out, places)
     rows = rows_of(cells, outcomes)
     text = as_markdown(rows)
@@ -43,8 +43,8 @@ def run_study(study: Study, recipe: Recipe, out: Path, *, world: int = 1, first:
     remarks = study.remarks(rows, out)
     cost = _cost(jobs, outcomes, len(places) or 1)
     text = "\n\n".join([text, *(["\n".join(f"- {line}" for line in remarks)] if remarks else []), _told(cost)])
-    checkpoint.write_text(out / "rows.csv", as_csv(rows, study.name))
-    checkpoint.write_text(out / "table.md", f"# Study {study.name}\n\n{text}\n")
+    write_text(out / "rows.csv", as_csv(rows, study.name))
+    write_text(out / "table.md", f"# Study {study.name}\n\n{text}\n")
     facts = {
         "study": study.name,
         "settings": asdict(study),
@@ -53,7 +53,7 @@ def run_study(study: Study, recipe: Recipe, out: Path, *, world: int = 1, first:
         "failed": outcomes.failed,
         "rows": [asdict(row) for row in rows],
     }
-    checkpoint.write_text(out / "study.json", json.dumps(facts, indent=2) + "\n")
+    write_text(out / "study.json", json.dumps(facts, indent=2) + "\n")
     study.draw(rows, out / "plot.png")
     return text, outcomes
 

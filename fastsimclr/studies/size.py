@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from fastsimclr.models.resnet import Arch
 from fastsimclr.recipe import Recipe
-from fastsimclr.studies.base import Cell, Study, seeded, several
+from fastsimclr.studies.base import Study, seeded, several
+from fastsimclr.studies.cells import Cell
 from fastsimclr.studies.jobs import Job
 
 

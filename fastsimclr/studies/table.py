@@ -10,24 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastsimclr.studies.base import Cell, Value
+from fastsimclr.studies.cells import Cell, Row, Value
 from fastsimclr.studies.jobs import Outcomes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One measured cell. top1 in [0, 1]; seconds: of this stage's steps; whole_seconds: with all it started from."""
-
-    point: dict[str, Value]
-    method: str
-    seed: int
-    run: str
-    top1: float
-    top5: float | None
-    labels: int
-    parameters: int
-    seconds: float
-    whole_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class Peers(Protocol):
-    """The W processes of a run as a loader needs them: fastsimclr.ranks.Ranks, or `Alone`.
+    """The W processes of a run as a loader needs them: fastsimclr.distributed.ranks.Ranks, or `Alone`.
 
     Ranks are numbered machine by machine, local_world on each. gather(value): every rank's, in the order of the ranks.
     exchange(data, sent, received): begins to give each rank its run of data (uint8 [sum of sent], in the order of the

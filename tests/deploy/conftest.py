@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from fastsimclr import checkpoint
 from fastsimclr.loaders import DataConfig, Policy
 from fastsimclr.models import ModelConfig, build_classifier, build_simclr
 from fastsimclr.recipe import Recipe, dump_recipe
+from fastsimclr.runs import checkpoint
 from fastsimclr.stages.networks import network_facts
-from fastsimclr.trainer_config import TrainerConfig
+from fastsimclr.training.config import TrainerConfig
 
 MakeRun = Callable[..., Path]
 

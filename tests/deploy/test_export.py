@@ -25,7 +25,7 @@ from fastsimclr.deploy.export import ExportConfig, export
 from fastsimclr.deploy.graph import _exportable, write_onnx
 from fastsimclr.deploy.images import open_images
 from fastsimclr.deploy.weights import torchvision_state
-from fastsimclr.evaluate import extract
+from fastsimclr.evaluation.features import extract
 from fastsimclr.loaders import DataConfig, EvalLoader
 from fastsimclr.models import ClassifierNet, ModelConfig, ResNet, build_classifier
 from fastsimclr.models.selective_kernel import ShortcutPool

@@ -23,7 +23,7 @@ from fastsimclr.deploy import load_pretrained
 from fastsimclr.deploy.export import ExportConfig, export
 from fastsimclr.deploy.images import open_images
 from fastsimclr.deploy.weights import torchvision_state
-from fastsimclr.evaluate import extract
+from fastsimclr.evaluation.features import extract
 from fastsimclr.loaders import DataConfig, EvalLoader
 from fastsimclr.models import ModelConfig, build_classifier
 from fastsimclr.recipe import parse_recipe

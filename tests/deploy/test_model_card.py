@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from fastsimclr import checkpoint
 from fastsimclr.deploy import load_pretrained
 from fastsimclr.deploy.export import ExportConfig, export
 from fastsimclr.models import ModelConfig
 from fastsimclr.recipe import parse_recipe
+from fastsimclr.runs import checkpoint
 from fastsimclr.stages.evaluation import evaluate_knn
 from fastsimclr.stages.networks import digest, load_trained
 from fastsimclr.stages.protocols import Protocol, _row

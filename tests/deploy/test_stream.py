@@ -22,8 +22,8 @@ import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
 
+from fastsimclr.cli.deploy import add_deploy, run_deploy
 from fastsimclr.deploy import sinks
-from fastsimclr.deploy.command import add_deploy, run_deploy
 from fastsimclr.deploy.embed import EmbedConfig, embed
 from fastsimclr.deploy.images import open_images
 from fastsimclr.deploy.predict import PredictConfig, predict
@@ -315,7 +315,7 @@ _SCRIPT = """
 import json, os, sys
 from jsonargparse import ArgumentParser
 from fastsimclr.deploy import sinks
-from fastsimclr.deploy.command import add_deploy, run_deploy
+from fastsimclr.cli.deploy import add_deploy, run_deploy
 
 name, at, signum, *words = sys.argv[1:]
 rows, resident = 0, []

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastsimclr.kernels.gather as gathering
+from fastsimclr.distributed.ranks import Ranks
 from fastsimclr.kernels.backend import Backend
 from fastsimclr.kernels.batch_norm import batch_norm, fused, implementation
 from fastsimclr.kernels.batch_norm.op import batch_norm_backward_op, batch_norm_op, statistics_op
 from fastsimclr.models import BatchNorm, average_running_statistics, batch_groups, set_fused, set_groups, statistics_of
 from fastsimclr.models.resnet import Basic, Bottleneck, shortcut
-from fastsimclr.ranks import Ranks
 from tests.captured import captured
 
 Pool = Callable[..., list[Any]]

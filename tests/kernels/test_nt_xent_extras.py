@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastsimclr.distributed.ranks import Ranks
 from fastsimclr.kernels.nt_xent import nt_xent, reference
 from fastsimclr.kernels.nt_xent.op import nt_xent_backward_op, nt_xent_op
-from fastsimclr.ranks import Ranks
 from tests.kernels.nt_xent_oracle import normalised, pairs, whole_matrix
 
 Pool = Callable[..., list[Any]]

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastsimclr.distributed.ranks import Ranks
 from fastsimclr.kernels.nt_xent import fused, nt_xent
 from fastsimclr.kernels.nt_xent.op import nt_xent_backward_op, nt_xent_op
-from fastsimclr.ranks import Ranks
 from tests.exchanges import Exchanges
 from tests.kernels.nt_xent_oracle import pairs, top, whole_matrix
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastsimclr.distributed.ranks import Ranks
 from fastsimclr.kernels.gather import all_gather_rows, gather
 from fastsimclr.kernels.nt_xent import nt_xent, reference
-from fastsimclr.ranks import Ranks
 from tests.exchanges import Exchanges
 
 Pool = Callable[..., list[Any]]

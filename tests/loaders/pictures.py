@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastsimclr.cli import main
+from fastsimclr.cli.main import main
 from fastsimclr.loaders.beton.pack import Packing
 from fastsimclr.loaders.beton.recode import Recoding
 from fastsimclr.loaders.beton.sidecar import sidecar_path

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from fastsimclr.bench.crop_errors import crop_errors, exact_crop
-from fastsimclr.cli import main
+from fastsimclr.cli.main import main
 from fastsimclr.kernels.views import make_views
 from fastsimclr.loaders import loader as loader_module
 from fastsimclr.loaders.backends import dali as dali_module

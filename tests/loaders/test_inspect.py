@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastsimclr.cli import main
+from fastsimclr.cli.main import main
 from fastsimclr.loaders.beton.pack import Packing, pack
 from fastsimclr.loaders.beton.reader import BetonSource
 from fastsimclr.loaders.beton.recode import Recoding

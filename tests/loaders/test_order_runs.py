@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastsimclr import checkpoint
-from fastsimclr.cli import main
-from fastsimclr.runlog import read_records
+from fastsimclr.cli.main import main
+from fastsimclr.runs import checkpoint
+from fastsimclr.runs.log import read_records
 from tests.loaders.pictures import encoded, put
 from tests.loaders.tars import tar
 from tests.loaders.web import Web, listed

@@ -17,9 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastsimclr.cli import main
+from fastsimclr.cli.main import main
 from fastsimclr.loaders.shards.cache import ShardCache
-from fastsimclr.runlog import read_records
+from fastsimclr.runs.log import read_records
 from tests.loaders.tars import PER_SHARD, SIZE, noise, tar
 from tests.loaders.web import ALL, Web, assert_whole, cut, kept, listed, of, status, until
 

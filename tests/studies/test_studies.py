@@ -19,20 +19,21 @@ import pytest
 import torch
 
 from fastsimclr import stages
-from fastsimclr.cli import CONFIGS, main
+from fastsimclr.cli.main import CONFIGS, main
 from fastsimclr.loaders import Policy, draw
 from fastsimclr.recipe import dump_recipe, parse_recipe
-from fastsimclr.runlog import read_records
-from fastsimclr.stopping import Stopped
+from fastsimclr.runs.log import read_records
+from fastsimclr.runs.stop import Stopped
 from fastsimclr.studies import Cell, Job, Study
 from fastsimclr.studies.augment import AugmentStudy
 from fastsimclr.studies.batch import BatchStudy
+from fastsimclr.studies.cells import Row
 from fastsimclr.studies.curves import read_curves
 from fastsimclr.studies.head import HeadStudy
 from fastsimclr.studies.jobs import in_order, places_of, run_jobs
 from fastsimclr.studies.labels import LabelsStudy
 from fastsimclr.studies.size import SizeStudy
-from fastsimclr.studies.table import Row, as_csv, as_markdown, crossing, means
+from fastsimclr.studies.table import as_csv, as_markdown, crossing, means
 from fastsimclr.studies.transfer import TransferStudy
 
 SMOKE = ("--smoke", "--device", "cpu", "--trainer.precision", "fp32")

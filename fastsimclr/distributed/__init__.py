@@ -1,0 +1,1 @@
+"""The processes of one run: how torchrun starts them, and what they exchange."""

@@ -1,0 +1,1 @@
+"""Evaluation of networks: features, kNN, logistic regression, and the scores of a classifier."""

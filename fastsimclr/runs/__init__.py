@@ -1,0 +1,1 @@
+"""A run folder: checkpoints, the log, text files, and clean stops."""
