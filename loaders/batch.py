@@ -5,11 +5,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fastsimclr.loaders.draw import ViewParams
+
+Ints = npt.NDArray[np.int64]
+Sizes = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +85,28 @@ class Batch:
     labels: Tensor
     sizes: Tensor
     params: ViewParams | None = None
+
+    @classmethod
+    def of_crops(
+        cls, cuts_VNSS3: Tensor, params: ViewParams, *, ids: Ints, epochs: Ints, labels: Ints, sizes: Sizes, pin: bool
+    ) -> Self:
+        """A batch of finished crops, uint8 [V, N, S, S, 3], contiguous, on any device; the rest on the CPU.
+
+        params: what was drawn for the V·N views, of which the crops are done. pin: put what is on the CPU in pinned
+        memory.
+        """
+        views, n, side = cuts_VNSS3.shape[:3]
+        sides = torch.full((views * n,), side, dtype=torch.int32, device=cuts_VNSS3.device)
+        offsets = torch.arange(views * n, device=cuts_VNSS3.device) * (3 * side * side)
+        images = Ragged(buffer=cuts_VNSS3.view(-1), offsets=offsets, heights=sides, widths=sides)
+        return cls(
+            images=images.pinned() if pin and cuts_VNSS3.device.type == "cpu" else images,
+            ids=torch.from_numpy(ids),
+            epochs=torch.from_numpy(epochs),
+            labels=torch.from_numpy(labels),
+            sizes=torch.from_numpy(sizes),
+            params=params.of_finished_crops(side),
+        )
 
     def __len__(self) -> int:
         return self.ids.shape[0]

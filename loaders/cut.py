@@ -8,12 +8,13 @@ Without a C compiler at its installation torch's own operator does it (within 1 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastsimclr.loaders.compiled import LIBRARY
 from fastsimclr.loaders.draw import Policy, ViewParams, draw
@@ -28,13 +29,13 @@ MOST = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Crops:
-    """Which crops a loader cuts itself: those of views 0 .. views - 1 that `draw` gives for the policy and the seed."""
+    """Which views are wanted of each image: views 0 .. views - 1 that `draw` gives for the policy and the seed."""
 
     policy: Policy
     seed: int
     views: int
 
-    def draw(self, epochs: Ints, ids: Ints, sizes: npt.NDArray[np.int32]) -> ViewParams:
+    def draw(self, epochs: Ints | Tensor, ids: Ints | Tensor, sizes: Sizes | Tensor) -> ViewParams:
         """The parameters of the V·N views of images of `sizes` (int32 [N, 2]), view-major."""
         return draw(self.policy, self.seed, epochs, ids, self.views, sizes)
 
@@ -99,10 +100,3 @@ def copy_many(memory: Pixels, starts: Ints, counts: Ints, out: Pixels, places: I
     first, bytes_of, to = (np.ascontiguousarray(array) for array in (starts, counts, places))
     arrays = first.ctypes.data, bytes_of.ctypes.data, out.ctypes.data, to.ctypes.data
     LIBRARY.fastsimclr_copy_many(memory.ctypes.data, len(starts), *arrays)
-
-
-def as_cut(params: ViewParams, size: int) -> ViewParams:
-    """The parameters of views whose crops lie ready, one [S, S, 3] image a view: the whole of image m is view m."""
-    m = len(params)
-    whole = torch.tensor([0, 0, size, size], dtype=torch.int32).repeat(m, 1)
-    return replace(params, source=torch.arange(m, dtype=torch.int32), crop=whole, extent=whole[:, 2:])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -31,24 +32,35 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 Encoded = bytes | memoryview
 
 
-def is_plain_jpeg(data: Encoded) -> bool:
-    """Whether `data`, whose header is sound, is a JPEG in grey or YCbCr, which every decoder reads alike."""
-    return data[:2] == b"\xff\xd8" and simplejpeg.decode_jpeg_header(data)[2] in ("Gray", "YCbCr")
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What the header of a file says.
+
+    size: height and width in pixels. plain: whether it is a JPEG in grey or YCbCr, which every decoder reads alike.
+    picture: the file opened by Pillow, which is to decode it; None where simplejpeg is.
+    """
+
+    size: tuple[int, int]
+    plain: bool
+    picture: Image.Image | None
 
 
-def image_size(data: Encoded, what: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(height, width) in pixels, from the header alone. Raises as `decode`."""
-    return _open(data, what, max_pixels)[:2]
-
-
-def decode(data: Encoded, what: str, max_pixels: int = MAX_PIXELS, out: Pixels | None = None) -> Pixels:
+def decode(
+    data: Encoded,
+    what: str,
+    max_pixels: int = MAX_PIXELS,
+    out: Pixels | None = None,
+    header: Header | None = None,
+) -> Pixels:
     """The image in `data` as uint8 [H, W, 3], RGB; in `out` (uint8, flat, contiguous), which is large enough, if given.
 
+    header: what `read_header` gave for `data`; read here where None.
     Raises DataError, naming the file by `what`, for empty, foreign, truncated or damaged data, for pixels of 32 bits,
     and for more than `max_pixels` pixels (Pillow's own limit of 89 million holds for what is not JPEG).
     A JPEG has no checksum: damage whose codes are still possible goes unnoticed.
     """
-    height, width, picture = _open(data, what, max_pixels)
+    header = header or read_header(data, what, max_pixels)
+    (height, width), picture = header.size, header.picture
     room = None if out is None else out[: 3 * height * width]
     if room is not None and len(room) < 3 * height * width:
         raise DataError(f"{what} has {height} x {width} pixels, more than its header or table said; pack it anew")
@@ -67,11 +79,11 @@ def decode(data: Encoded, what: str, max_pixels: int = MAX_PIXELS, out: Pixels |
     return room.reshape(pixels.shape)
 
 
-def _open(data: Encoded, what: str, max_pixels: int) -> tuple[int, int, Image.Image | None]:
-    """Height, width, and the opened picture where Pillow is to decode it."""
+def read_header(data: Encoded, what: str, max_pixels: int = MAX_PIXELS) -> Header:
+    """The header of the file `data`, of which no more is decoded. Raises as `decode`."""
     if not data:
         raise DataError(f"{what} is empty (0 bytes)")
-    picture = None
+    picture, colours = None, ""
     try:
         if data[:2] == b"\xff\xd8":
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -90,7 +102,7 @@ def _open(data: Encoded, what: str, max_pixels: int) -> tuple[int, int, Image.Im
         raise DataError(f"{what} has {height} x {width} pixels, over max_pixels={max_pixels}; shrink it or raise it")
     if height < 1 or width < 1:
         raise DataError(f"{what} has no pixels: {height} x {width}")
-    return height, width, picture
+    return Header(size=(height, width), plain=colours in ("Gray", "YCbCr"), picture=picture)
 
 
 def _rgb(picture: Image.Image, what: str) -> Pixels:

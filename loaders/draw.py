@@ -134,20 +134,11 @@ class Policy:
         chances |= {"sobel": self.sobel, "noise": self.noise, "cutout": self.cutout}
         return frozenset(op for op, chance in chances.items() if chance)
 
-
-def simclr(size: int, semantics: Semantics = "torchvision", strength: float = 1.0, blur: float = 0.5) -> Policy:
-    """SimCLR's pretraining views. For CIFAR-10: simclr(32, strength=0.5, blur=0.0)."""
-    return Policy(size=size, semantics=semantics, strength=strength, blur=blur)
-
-
-def crop_flip(size: int, semantics: Semantics = "torchvision") -> Policy:
-    """Random crop and flip only: fine-tuning, linear evaluation, distillation."""
-    return Policy(size=size, semantics=semantics, jitter=0.0, grey=0.0, blur=0.0)
-
-
-def evaluation(size: int, semantics: Semantics = "torchvision") -> Policy:
-    """One fixed view: the centre crop, or the whole image where size is at most 32."""
-    return Policy(size=size, semantics=semantics, crop="centre", flip=0.0, jitter=0.0, grey=0.0, blur=0.0)
+    def plain(self) -> Policy:
+        """The same crops without any op after them."""
+        off = dict.fromkeys(("rotate", "rotate90", "flip", "jitter", "grey", "blur"), 0.0)
+        off |= dict.fromkeys(("sobel", "noise", "solarise", "cutout"), 0.0)
+        return replace(self, one_branch=False, **off)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,17 +181,21 @@ class ViewParams:
     def __len__(self) -> int:
         return self.source.shape[0]
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> ViewParams:
-        """The same rows on `device`, in one copy; from pinned memory and without a sync where `non_blocking`."""
+    def of_finished_crops(self, size: int) -> ViewParams:
+        """The same views where the crops lie ready as M images [size, size, 3]: the whole of image m is view m."""
+        m = len(self)
+        whole = torch.tensor([0, 0, size, size], dtype=torch.int32).repeat(m, 1)
+        return replace(self, source=torch.arange(m, dtype=torch.int32), crop=whole, extent=whole[:, 2:])
+
+    def to(self, device: torch.device, pin: bool = False) -> ViewParams:
+        """The same rows on `device`, in one copy; from pinned memory and without a sync where `pin`."""
         if device == self.source.device:
             return self
         columns: dict[str, Tensor] = {f.name: getattr(self, f.name) for f in fields(self)[:-2]}  # not extent, ops
         # Words before flags, so that each column of words begins on a multiple of four bytes.
         names = sorted(columns, key=lambda name: columns[name].dtype == torch.bool)
         packed = torch.cat([columns[name].flatten().view(torch.uint8) for name in names])
-        if non_blocking and device.type == "cuda":
-            packed = packed.pin_memory()
-        packed = packed.to(device, non_blocking=non_blocking)
+        packed = (packed.pin_memory() if pin else packed).to(device, non_blocking=pin)
         pieces = torch.split_with_sizes(packed, [columns[name].nbytes for name in names])
         moved: dict[str, Any] = {
             name: piece.view(columns[name].dtype).view(columns[name].shape)
@@ -226,7 +221,8 @@ def draw(
     Raises ValueError for a seed or epoch outside [0, 2**32), a negative id, or an image without pixels.
     """
     if policy.one_branch:
-        both, plain = replace(policy, one_branch=False), _unaugmented(policy)
+        both = replace(policy, one_branch=False)
+        plain = replace(policy.plain(), crop="centre", centre_fraction=1.0)
         kept = 1 if first_view == 0 and views else 0
         parts = (
             draw(plain, seed, epochs, ids, kept, sizes),
@@ -283,12 +279,6 @@ def draw(
         ops=policy.ops,
         **_extras(policy, views * n, lambda block: numbers(slice(None), block, 1)[:, 0]),
     )
-
-
-def _unaugmented(policy: Policy) -> Policy:
-    """The central square of the image, resized, and nothing else."""
-    off = dict.fromkeys(("rotate", "rotate90", "flip", "jitter", "grey", "blur", "sobel", "noise", "solarise"), 0.0)
-    return replace(policy, crop="centre", centre_fraction=1.0, cutout=0.0, one_branch=False, **off)  # type: ignore[arg-type]
 
 
 def _factors(policy: Policy, spread: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:

@@ -14,7 +14,6 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from fastsimclr.loaders.backends import dali, ffcv
 from fastsimclr.loaders.backends.dataloader import torchvision_batches
@@ -25,7 +24,7 @@ from fastsimclr.loaders.batch import Batch
 from fastsimclr.loaders.cut import Crops
 from fastsimclr.loaders.data import DataConfig
 from fastsimclr.loaders.draw import Policy
-from fastsimclr.loaders.faults import Reader
+from fastsimclr.loaders.faults import Damage, Reader
 from fastsimclr.loaders.order import Order, choose_order, rank_positions
 from fastsimclr.loaders.source import DataError, Source
 
@@ -37,49 +36,68 @@ class Loader(ABC):
 
     resident: the source held decoded (see `hold`), or None to decode as the batches are asked for, by the backend that
     config.loader names (natively for auto and resident). name: the backend's.
-    pin: whether decoded batches lie in pinned memory, for copies to a GPU that do not wait.
+    crops: what the views of the images are to be. A batch is of finished crops with their parameters, as a CPU wants
+    them, where crops are given and cut is True, or the backend makes nothing else. What lies on a GPU is not cut here,
+    nor is anything under tensorflow semantics, with its own resize: such batches are of decoded images.
+    pin: whether batches lie in pinned memory, for copies to a GPU that do not wait.
     Each iteration starts its own threads and ends them with it; leave one early by `close` or the end of a `with`.
     A damaged image is logged once and listed in `bad`; over data.max_bad_fraction of them DataError is raised.
+    damage: the list that loaders of one source share; a loader of held images has theirs.
     A source that fetches ahead hears what comes next, from the oldest batch in the making on, until the iteration ends.
+    ValueError for crops that a backend which always cuts cannot make.
     """
 
     stand_in: bool  # whether the next readable image takes the place of a damaged one; else it is left out
     rank: int
     world: int
 
-    def __init__(self, source: Source, config: DataConfig, *, resident: Resident | None, pin: bool) -> None:
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        *,
+        resident: Resident | None,
+        damage: Damage | None,
+        crops: Crops | None,
+        cut: bool,
+        pin: bool,
+    ) -> None:
         if resident is not None and resident.source.fingerprint != source.fingerprint:
-            raise ValueError(
-                f"resident holds {resident.source.name}, not {source.name}; hold the source that is loaded"
-            )
+            raise ValueError(f"resident holds {resident.source.name}, not {source.name}; hold the source that is read")
         self.source = source
         self.config = config
         self.resident = resident
         self.name = "resident" if resident is not None else backend_name(config)
-        self._batches = _resident_batches if resident is not None else choose_backend(self.name, source)
+        self._batches = choose_backend(self.name, source) if resident is None else resident.batches
         self.pin = pin
         self.threads = thread_count(config.threads)
-        self.reader = Reader(source, config.max_bad_fraction, config.max_pixels)
-        self.crops: Crops | None = None
+        damage = damage if resident is None else resident.damage
+        self.damage = damage or Damage(source.name, len(source), config.max_bad_fraction)
+        self.reader = Reader(source, self.damage, config.max_pixels)
+        wanted = crops is not None and (cut or self.always_cuts) and self._cuts(crops.policy)
+        self.crops = crops if wanted else None
         # Weak, so that the threads end when a for loop is left and nothing else holds the iteration.
         self._iteration: weakref.ref[Generator[Batch]] | None = None
         self._expect: Callable[[Ints], None] | None = None
         self._made = 0  # batches of this iteration that are done
 
-    def plan(self) -> Iterator[tuple[Ints, Ints]]:
-        """(epochs, ids) of each batch, int64 [N]. Within an iteration the source is told what comes as it goes on."""
-        for number in range(len(self)):
-            if self._expect is not None and len(coming := self._coming(self._made, number)):
+    def plan(self, rank: int | None = None) -> Iterator[tuple[Ints, Ints]]:
+        """(epochs, ids) of each batch of `rank`, by default of this one, int64 [N].
+
+        Within an iteration of this rank the source is told what comes.
+        """
+        for number in range(self._count(self.rank if rank is None else rank)):
+            if rank is None and self._expect is not None and len(coming := self._coming(self._made, number)):
                 self._expect(coming)
-            yield self._planned(number, self.rank)
+            yield self._at(number, self.rank if rank is None else rank)
 
     @abstractmethod
-    def plan_of(self, rank: int) -> Iterator[tuple[Ints, Ints]]:
-        """(epochs, ids) of each batch of `rank`, int64 [N]: of this one the same as `plan`, but nobody is told."""
-
-    @abstractmethod
-    def _planned(self, number: int, rank: int) -> tuple[Ints, Ints]:
+    def _at(self, number: int, rank: int) -> tuple[Ints, Ints]:
         """(epochs, ids) of batch `number` of `rank`, int64 [N]."""
+
+    @abstractmethod
+    def _count(self, rank: int) -> int:
+        """Batches of `rank`."""
 
     @abstractmethod
     def _coming(self, made: int, number: int) -> Ints:
@@ -88,13 +106,13 @@ class Loader(ABC):
         In the order of need; none where that cannot be said.
         """
 
-    @abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return self._count(self.rank)
 
     @property
     def bad(self) -> dict[int, str]:
         """The damaged images found so far: {id: reason}."""
-        return self.reader.bad if self.resident is None else self.resident.bad
+        return self.damage.bad
 
     @property
     def exchanges(self) -> bool:
@@ -103,15 +121,11 @@ class Loader(ABC):
 
     @property
     def always_cuts(self) -> bool:
-        """Whether the backend makes nothing but finished crops, so that `cut` must be called before its iteration."""
+        """Whether the backend makes nothing but finished crops, and so must be given `crops`."""
         return self.name in CUTTING
 
-    def cut(self, policy: Policy, seed: int, views: int) -> None:
-        """Ask for batches of finished crops with their parameters, as a CPU wants them; for the iterations to come.
-
-        What lies on a GPU is not cut here, nor is anything under tensorflow semantics, with its own resize: batches are
-        decoded images as before. ValueError for a policy that a backend which always cuts cannot serve.
-        """
+    def _cuts(self, policy: Policy) -> bool:
+        """Whether crops are cut here for `policy`. ValueError for one that a backend which always cuts cannot serve."""
         if policy.semantics != "torchvision" and self.always_cuts:
             raise ValueError(
                 f"data.loader={self.name} resizes as torchvision does, not as views.semantics={policy.semantics} asks;"
@@ -122,22 +136,21 @@ class Loader(ABC):
                 f"data.photometric=dali can {', '.join(sorted(dali.OPS))}, but the views also need"
                 f" {', '.join(sorted(more))}; use data.photometric=kernel"
             )
-        if policy.semantics == "torchvision" and (self.resident is None or self.resident.cuts):
-            self.crops = Crops(policy=policy, seed=seed, views=views)
+        return policy.semantics == "torchvision" and (self.resident is None or self.resident.cuts)
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
         if self.always_cuts and self.crops is None:
             raise ValueError(
-                f"data.loader={self.name} makes crops only; call cut(policy, seed, views) first, as Feed does"
+                f"data.loader={self.name} makes crops only; give crops=Crops(policy=..., seed=..., views=...)"
             )
         iteration = self._iterate()
         self._iteration = weakref.ref(iteration)
         return iteration
 
     def _iterate(self) -> Generator[Batch]:
-        reads = self.resident is None and self.name != "synthetic" and getattr(self.source, "blocks", None) is not None
-        expect: Callable[[npt.ArrayLike], None] | None = getattr(self.source, "expect", None) if reads else None
+        reads = self.resident is None and self.name != "synthetic" and self.source.blocks is not None
+        expect = self.source.expect if reads else None
         self._expect, self._made = expect, 0
         try:
             with closing(self._batches(self)) as batches:
@@ -189,16 +202,11 @@ def choose_backend(name: str, source: Source) -> Callable[[Loader], Generator[Ba
             import_module(package)
     except ImportError as error:
         raise DataError(f"data.loader={name} needs {package} ({error}); run: {install}") from error
-    if name == "dali_gpu" and not torch.cuda.is_available():
-        raise DataError("data.loader=dali_gpu needs a CUDA device, and there is none; use dali or native")
+    if name == "dali_gpu":
+        dali.check_gpu()
     if name == "ffcv":
         ffcv.beton_rows(source)
     return _BACKENDS[name]
-
-
-def _resident_batches(loader: Loader) -> Generator[Batch]:
-    assert loader.resident is not None
-    return loader.resident.batches(loader)
 
 
 class TrainLoader(Loader):
@@ -227,6 +235,9 @@ class TrainLoader(Loader):
         rank: int = 0,
         world: int = 1,
         resident: Resident | None = None,
+        damage: Damage | None = None,
+        crops: Crops | None = None,
+        cut: bool = True,
         pin: bool = False,
     ) -> None:
         if batch > len(source):
@@ -234,22 +245,19 @@ class TrainLoader(Loader):
         rank_positions(0, batch, rank, world)
         if not 0 <= start <= stop:
             raise ValueError(f"start={start} and stop={stop} must be 0 <= start <= stop")
-        super().__init__(source, config, resident=resident, pin=pin)
+        super().__init__(source, config, resident=resident, damage=damage, crops=crops, cut=cut, pin=pin)
         self.batch, self.rank, self.world = batch, rank, world
         self.steps = range(start, stop)
         self.order, _ = choose_order(source, config.order)
-        blocks = getattr(source, "blocks", None) if self.order == "quasi" else None
+        blocks = source.blocks if self.order == "quasi" else None
         self._order = Order(len(source), seed, blocks, config.window)
         self._windows: tuple[tuple[int, int], tuple[int, int]] | None = None
         self._of_blocks: Ints = np.empty(0, dtype=np.int64)
 
-    def __len__(self) -> int:
+    def _count(self, rank: int) -> int:
         return len(self.steps)
 
-    def plan_of(self, rank: int) -> Iterator[tuple[Ints, Ints]]:
-        return (self._planned(number, rank) for number in range(len(self)))
-
-    def _planned(self, number: int, rank: int) -> tuple[Ints, Ints]:
+    def _at(self, number: int, rank: int) -> tuple[Ints, Ints]:
         return self._order.at(*rank_positions(self.steps[number], self.batch, rank, self.world))
 
     def _coming(self, made: int, number: int) -> Ints:
@@ -287,36 +295,35 @@ class EvalLoader(Loader):
         rank: int = 0,
         world: int = 1,
         resident: Resident | None = None,
+        damage: Damage | None = None,
+        crops: Crops | None = None,
+        cut: bool = True,
         pin: bool = False,
     ) -> None:
         if batch < 1:
             raise ValueError(f"batch={batch} must be 1 or more")
         if not 0 <= rank < world:
             raise ValueError(f"rank={rank} must be in 0..{world - 1} for world_size={world}")
-        super().__init__(source, config, resident=resident, pin=pin)
+        super().__init__(source, config, resident=resident, damage=damage, crops=crops, cut=cut, pin=pin)
         self.batch, self.rank, self.world = batch, rank, world
         self.part = self._part(rank)
-        self._blocks: Ints | None = getattr(source, "blocks", None)
 
-    def __len__(self) -> int:
-        return -(-len(self.part) // self.batch)
+    def _count(self, rank: int) -> int:
+        return -(-len(self._part(rank)) // self.batch)
 
     def _part(self, rank: int) -> range:
         return range(rank * len(self.source) // self.world, (rank + 1) * len(self.source) // self.world)
 
-    def plan_of(self, rank: int) -> Iterator[tuple[Ints, Ints]]:
-        return (self._planned(number, rank) for number in range(-(-len(self._part(rank)) // self.batch)))
-
-    def _planned(self, number: int, rank: int) -> tuple[Ints, Ints]:
+    def _at(self, number: int, rank: int) -> tuple[Ints, Ints]:
         part = self._part(rank)
         start = part.start + number * self.batch
         ids = np.arange(start, min(start + self.batch, part.stop), dtype=np.int64)
         return np.zeros_like(ids), ids
 
     def _coming(self, made: int, number: int) -> Ints:
-        if self._blocks is None:
+        if self.source.blocks is None:
             return np.empty(0, dtype=np.int64)
         begin, end = (self.part.start + k * self.batch for k in (made, number))
-        first, last = np.searchsorted(self._blocks, (begin, end), side="right")
-        starts = np.maximum(self._blocks[first - 1 : last + BLOCKS_AHEAD], begin)
+        first, last = np.searchsorted(self.source.blocks, (begin, end), side="right")
+        starts = np.maximum(self.source.blocks[first - 1 : last + BLOCKS_AHEAD], begin)
         return np.unique(starts[starts < self.part.stop])

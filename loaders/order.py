@@ -70,13 +70,6 @@ def block_bounds(blocks: npt.ArrayLike) -> Ints:
     return bounds
 
 
-def even_blocks(n: int, size: int) -> Ints:
-    """Bounds of blocks of `size` ids, the last with what is left: for sources that have no blocks of their own."""
-    if size < 1:
-        raise ValueError(f"size={size} must be 1 id or more")
-    return np.append(np.arange(0, n, size), n).astype(np.int64)
-
-
 def subset_blocks(blocks: npt.ArrayLike, indices: npt.ArrayLike) -> Ints | None:
     """The bounds of a source's blocks among the chosen ids `indices` of it; None where those are not in rising order.
 
@@ -155,8 +148,7 @@ def choose_order(
     fits: whether they can, where several hosts must agree; None asks the source. Raises DataError where a quasi-random
     order is asked for of a source without blocks: there it would spare nothing.
     """
-    blocks = getattr(source, "blocks", None)
-    if asked == "quasi" and blocks is None:
+    if asked == "quasi" and source.blocks is None:
         raise DataError(
             f"data.order=quasi needs images that lie together in blocks, in the order of their ids, as in shards or in"
             f" a packed file, and {source.name} has none; fastsimclr pack SRC DST.beton makes one, or use"
@@ -164,16 +156,11 @@ def choose_order(
         )
     if asked != "auto":
         return asked, "as data.order says"
-    if bool(getattr(source, "whole_fits", True)) if fits is None else fits:
+    if source.whole_fits if fits is None else fits:
         return "random", "all images can be at hand at once"
-    if blocks is None:
+    if source.blocks is None:
         return "random", "its shards do not fit data.cache_gib, but its images are not in their order: slow"
     return "quasi", "its shards do not fit data.cache_gib together"
-
-
-def steps_per_run(n: int, epochs: int, batch: int) -> int:
-    """Steps in a run: n * epochs // batch + 1, Google's rule (google-research/simclr, model_util.get_train_steps)."""
-    return n * epochs // batch + 1
 
 
 def rank_positions(step: int, batch: int, rank: int = 0, world: int = 1) -> tuple[int, int]:

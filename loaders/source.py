@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from typing import Protocol
+from abc import ABC, abstractmethod
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -13,64 +13,76 @@ from fastsimclr.loaders.turbo import Spans
 
 Ints = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
+Sizes = npt.NDArray[np.int32]
 
 
 class DataError(ValueError):
     """Bad input data. The message names the file or key, the value, the rule and the remedy."""
 
 
-class Source(Protocol):
+class Source(ABC):
     """n images with optional labels, read one at a time from any thread.
 
     name: for people, e.g. "cifar10:train". classes: class names, () where nothing is labelled.
     labels: int64 [n], an index into classes, -1 where the image has no label.
-    fingerprint: hex digest that changes when the list of images or labels changes; a checkpoint carries it.
-
-    A source may know more, which is used where it is there. pixel_sizes: int32 [n, 2], height and width. verified:
-    every image is known to decode. blocks: int64 [b + 1], the first id of each run of images that lie together, and n,
-    for a quasi-random order. whole_fits: false where not all blocks can be at hand at once. expect(ids): what is next.
-    borrow(index): `read` into memory of the calling thread's own, which its next call overwrites. spans(ids): where
-    in an open file the JPEGs `ids` lie (fastsimclr.loaders.turbo). mapped(ids): the memory that holds them decoded.
+    A source overrides, or sets in its constructor, what it knows beyond these; here stands what holds for the others.
     """
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def classes(self) -> tuple[str, ...]: ...
-    @property
-    def labels(self) -> npt.NDArray[np.int64]: ...
-    @property
-    def fingerprint(self) -> str: ...
-    def __len__(self) -> int: ...
-    def read(self, index: int) -> bytes | npt.NDArray[np.uint8]:
-        """The encoded file (bytes), or decoded RGB pixels as uint8 [H, W, 3]."""
-        ...
+    name: str
+    classes: tuple[str, ...]
+    labels: Ints
 
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, index: int) -> bytes | Pixels:
+        """The encoded file (bytes), or decoded RGB pixels as uint8 [H, W, 3]."""
+
+    @abstractmethod
     def describe(self, index: int) -> str:
         """What an error message calls the image: its path, or e.g. "digits[12]"."""
-        ...
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest that changes when the list of images or labels changes; a checkpoint carries it."""
+        raise NotImplementedError(f"{type(self).__name__} has no fingerprint; give it one")
 
-def spans(source: Source, ids: Ints) -> Spans | None:
-    """`source.spans(ids)` where the source has it, else None."""
-    found: Callable[[Ints], Spans | None] = getattr(source, "spans", _unknown)
-    return found(ids)
+    @cached_property
+    def pixel_sizes(self) -> Sizes | None:
+        """int32 [n, 2], height and width of each image, where they are known without a read."""
+        return None
 
+    @cached_property
+    def blocks(self) -> Ints | None:
+        """int64 [b + 1], the first id of each run of images that lie together, and n: for a quasi-random order."""
+        return None
 
-def mapped(source: Source, ids: Ints) -> tuple[Pixels, Ints] | None:
-    """`source.mapped(ids)`, the memory and where in it each image begins, where the source has it, else None."""
-    found: Callable[[Ints], tuple[Pixels, Ints] | None] = getattr(source, "mapped", _unknown)
-    return found(ids)
+    @cached_property
+    def verified(self) -> bool:
+        """Whether every image is known to decode."""
+        return False
 
+    @cached_property
+    def whole_fits(self) -> bool:
+        """Whether all blocks can be at hand at once."""
+        return True
 
-def borrower(source: Source) -> Callable[[int], bytes | memoryview | Pixels]:
-    """`source.borrow` where the source has it, else `source.read`."""
-    found: Callable[[int], bytes | memoryview | Pixels] = getattr(source, "borrow", source.read)
-    return found
+    def expect(self, ids: npt.ArrayLike) -> None:
+        """Learn which images come next, to fetch them ahead."""
+        return
 
+    def borrow(self, index: int) -> bytes | memoryview | Pixels:
+        """`read`, but perhaps into memory of the calling thread, which its next call overwrites."""
+        return self.read(index)
 
-def _unknown(ids: Ints) -> None:
-    return None
+    def spans(self, ids: npt.ArrayLike) -> Spans | None:
+        """Where in an open file the JPEGs `ids` lie (fastsimclr.loaders.turbo), where they do."""
+        return None
+
+    def mapped(self, ids: npt.ArrayLike) -> tuple[Pixels, Ints] | None:
+        """The memory that holds all of the images `ids` decoded, uint8, flat, and where each begins, if any."""
+        return None
 
 
 def digest(*parts: bytes) -> str:

@@ -14,8 +14,8 @@ from torch import Tensor
 from fastsimclr.kernels.gather import gather_views
 from fastsimclr.kernels.nt_xent import nt_xent
 from fastsimclr.kernels.views import make_views
-from fastsimclr.loaders import Batch, DataConfig, Policy, TrainLoader, draw, hold, open_data
-from fastsimclr.loaders.draw import simclr
+from fastsimclr.loaders import Batch, DataConfig, Policy, TrainLoader, draw, open_data
+from fastsimclr.loaders.cut import Crops
 from fastsimclr.methods import Contrastive, MomentumContrast
 from fastsimclr.models import ModelConfig, build_simclr
 from fastsimclr.optim import LARS, OptimConfig, Schedule, build_optimizer
@@ -25,6 +25,7 @@ from fastsimclr.training.feed import Feed, ship
 from fastsimclr.training.meter import Meter
 from fastsimclr.training.trainer import Job, Trainer
 from tests.captured import captured
+from tests.loading import hold, simclr
 
 pytestmark = pytest.mark.gpu
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -37,6 +38,10 @@ def batches(size: int, device: torch.device, start: int = 0, stop: int = STEPS) 
     source = open_data(data).unlabelled
     resident = hold(source, data, device)
     return list(TrainLoader(source, data, batch=BATCH, seed=0, start=start, stop=stop, resident=resident))
+
+
+def runtime_on(device: torch.device) -> Runtime:
+    return Runtime(device=device, precision="fp32")
 
 
 def trainer_on(device: torch.device, precision: Precision, run: Path, memory: int = 0) -> Trainer:
@@ -54,7 +59,7 @@ def trainer_on(device: torch.device, precision: Precision, run: Path, memory: in
         objective=objective,
         optimizer=build_optimizer(OptimConfig(lr=0.1), objective, global_batch=BATCH),
         schedule=Schedule(peak=0.1, warmup_steps=0, total_steps=STEPS),
-        batches=lambda start, stop: batches(32, device, start, stop),
+        batches=lambda start, stop, _: batches(32, device, start, stop),
         policy=Policy(size=32, strength=0.5, blur=0.0),
         batch=BATCH,
         seed=0,
@@ -72,8 +77,8 @@ def test_views_equal_those_of_the_cpu(semantics: Any) -> None:
     views = {}
     for device in (CPU, CUDA):
         (batch,) = batches(96, device, stop=1)
-        shipment = ship(batch, policy, 7, 2, device)
-        views[device] = shipment.views(policy, torch.float32)
+        shipment = ship(batch, Crops(policy=policy, seed=7, views=2), runtime_on(device))
+        views[device] = shipment.render(torch.float32)
         assert views[device].device.type == device.type
     # float32 on both, products summed in another order; a solarised pixel just at one half may fall on either side.
     far = (views[CPU] - views[CUDA].cpu()).abs()
@@ -89,7 +94,7 @@ def test_fused_views_equal_the_reference(dtype: torch.dtype, semantics: Any) -> 
         simclr(224, semantics), rotate=15.0, rotate90=0.2, sobel=0.1, noise=0.1, cutout=0.3, normalise="none"
     )
     (batch,) = batches(256, CUDA, stop=1)
-    shipment = ship(batch, policy, 7, 2, CUDA)
+    shipment = ship(batch, Crops(policy=policy, seed=7, views=2), runtime_on(CUDA))
     ours, expected = (
         make_views(shipment.images, shipment.params, **policy.rendering, dtype=dtype, backend=backend).float()
         for backend in ("fused", "reference")
@@ -105,7 +110,7 @@ def test_fused_views_equal_the_reference(dtype: torch.dtype, semantics: Any) -> 
 def test_rows_that_make_no_sense_are_views_of_nan(backend: Any) -> None:
     policy = Policy(size=48)
     (batch,) = batches(64, CUDA, stop=1)
-    shipment = ship(batch, policy, 7, 1, CUDA)
+    shipment = ship(batch, Crops(policy=policy, seed=7, views=1), runtime_on(CUDA))
     params, last = shipment.params, BATCH - 1
     params.source[0], params.crop[1, 0], params.order[2, 1], params.factors[last, 2] = BATCH, 60, 7, math.nan
     views = make_views(shipment.images, params, **policy.rendering, backend=backend)
@@ -239,18 +244,17 @@ def test_a_step_never_waits_for_the_device(precision: Precision, memory: int, tm
     trainer = trainer_on(CUDA, precision, tmp_path, memory)
     job = trainer.job
     job.objective.train()
-    with Feed(job.batches(0, STEPS), job.policy, seed=0, views=2, runtime=trainer.runtime) as feed:
+    crops = Crops(policy=job.policy, seed=0, views=2)
+    with Feed(job.batches(0, STEPS, crops), crops, trainer.runtime) as feed:
         shipments = list(feed)
         meter, step = Meter(trainer.runtime), trainer._step_of()
         meter.follow(feed)
-        trainer._train_step(
-            step, shipments[0], job.policy, 0.1, meter
-        )  # cuDNN and the optimizer's state set themselves up
+        trainer._train_step(step, shipments[0], 0.1, meter)  # cuDNN and the optimizer's state set themselves up
         torch.cuda.synchronize()
         try:
             torch.cuda.set_sync_debug_mode("error")
             for shipment in shipments[1:]:
-                trainer._train_step(step, shipment, job.policy, 0.1, meter)
+                trainer._train_step(step, shipment, 0.1, meter)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert math.isfinite(meter.read()["loss"])
@@ -264,7 +268,8 @@ def test_training_begins_as_on_the_cpu(precision: Precision, memory: int, tmp_pa
         trainer = trainer_on(device, used, tmp_path / f"run-{len(first)}", memory)
         if isinstance(trainer.job.objective, MomentumContrast):  # or the first step would meet an empty queue
             (batch,) = batches(32, device, start=1, stop=2)
-            views = ship(batch, trainer.job.policy, 7, 2, device).views(trainer.job.policy, torch.float32)
+            crops = Crops(policy=trainer.job.policy, seed=7, views=2)
+            views = ship(batch, crops, trainer.runtime).render(torch.float32)
             trainer.job.objective._enqueue(trainer.job.objective.contrasts(views))
             assert trainer.job.objective.bank is not None
         losses: list[Tensor] = []

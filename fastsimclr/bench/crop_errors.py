@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsimclr.kernels.views import make_views
-from fastsimclr.loaders import DataConfig, DataError, Policy, Source, TrainLoader, draw, open_data
+from fastsimclr.loaders import Crops, DataConfig, DataError, Policy, Source, TrainLoader, draw, open_data
 from fastsimclr.loaders.data import LoaderName
 from fastsimclr.loaders.decode import decode
 
@@ -32,11 +32,11 @@ def exact_crop(pixels: Tensor, box: list[int], size: int) -> Tensor:
 
 def crop_errors(source: Source, loader: LoaderName, size: int = 224, batch: int = 50) -> dict[str, float]:
     """Mean, largest mean of one crop, and largest difference of the crops of one epoch, in levels of 255."""
-    policy = Policy(size=size, flip=0, jitter=0, grey=0, blur=0, normalise="none")
+    policy = Policy(size=size, normalise="none").plain()
     config = DataConfig(loader=loader)
     means, largest = list[float](), 0.0
-    with TrainLoader(source, config, batch=batch, seed=SEED, stop=-(-len(source) // batch)) as loaded:
-        loaded.cut(policy, SEED, VIEWS)
+    crops, stop = Crops(policy=policy, seed=SEED, views=VIEWS), -(-len(source) // batch)
+    with TrainLoader(source, config, batch=batch, seed=SEED, stop=stop, crops=crops) as loaded:
         for each in loaded:
             params = draw(policy, SEED, each.epochs, each.ids, VIEWS, each.sizes)
             for row in range(VIEWS * len(each)):
@@ -51,10 +51,10 @@ def crop_errors(source: Source, loader: LoaderName, size: int = 224, batch: int 
 def photometric_errors(source: Source, policy: Policy, batch: int = 50) -> dict[str, float]:
     """photometric=dali against the kernel on the same windows and draws: levels of 255, over one epoch."""
     runs: dict[str, list[Tensor]] = {"kernel": [], "dali": []}
+    crops, stop = Crops(policy=policy, seed=SEED, views=VIEWS), -(-len(source) // batch)
     for photometric, views in runs.items():
         config = DataConfig(loader="dali", photometric="dali" if photometric == "dali" else "kernel")
-        with TrainLoader(source, config, batch=batch, seed=SEED, stop=-(-len(source) // batch)) as loaded:
-            loaded.cut(policy, SEED, VIEWS)
+        with TrainLoader(source, config, batch=batch, seed=SEED, stop=stop, crops=crops) as loaded:
             for each in loaded:
                 assert each.params is not None
                 views.append(make_views(each.images, each.params, **policy.rendering).mul(255).to(torch.uint8))
@@ -75,7 +75,7 @@ def main() -> None:
             print(loader, {key: round(value, 3) for key, value in crop_errors(source, loader).items()})
         except DataError as error:  # a package that is not here
             print(error)
-    plain = Policy(normalise="none", jitter=0, grey=0, blur=0)
+    plain = replace(Policy(normalise="none").plain(), flip=0.5)
     for name, policy in {
         "SimCLR's views": Policy(normalise="none"),
         "crop and flip": plain,

@@ -81,8 +81,16 @@ def losses_of(config: CurveBench, runtime: Runtime, source: Source, seed: int) -
         job = ours.job_of(
             objective,
             build_optimizer(optim, objective, global_batch=config.batch),
-            lambda start, stop: TrainLoader(
-                source, data, batch=config.batch, seed=seed, start=start, stop=stop, pin=runtime.device.type == "cuda"
+            lambda start, stop, crops: TrainLoader(
+                source,
+                data,
+                batch=config.batch,
+                seed=seed,
+                start=start,
+                stop=stop,
+                crops=crops,
+                cut=runtime.cuts,
+                pin=runtime.pins,
             ),
             Schedule(peak=config.lr, warmup_steps=min(20, config.steps // 2), total_steps=config.steps),
             policy=ours.policy_for(config.size),

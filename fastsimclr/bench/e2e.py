@@ -19,7 +19,7 @@ from fastsimclr.bench.record import LOG, Contestant, Report, report, seconds_an_
 from fastsimclr.bench.step import check_mode, named
 from fastsimclr.bench.trace import trace
 from fastsimclr.bench.training_configs import E2eBench
-from fastsimclr.loaders import DataConfig, Relabelled, Resident, Source, hold
+from fastsimclr.loaders import DataConfig, Relabelled, Resident, Source, choose_place
 from fastsimclr.loaders.data import LoaderName
 from fastsimclr.runtime.device import Runtime, choose_runtime
 
@@ -45,7 +45,7 @@ def bench_e2e(config: E2eBench) -> Report:
         start = time.perf_counter()
         held = None
         if "resident" in config.loaders:
-            held = hold(source, DataConfig(threads=config.threads, loader="resident"), auto.device)
+            held = choose_place(source, DataConfig(threads=config.threads, loader="resident"), auto.device).fill()
         setup_s = time.perf_counter() - start
         checks = {"images": what} | loop.same_work(config)
         rates = {workers: _rate(_theirs(config, source, plain, workers, "")) for workers in config.workers}

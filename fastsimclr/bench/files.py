@@ -75,5 +75,5 @@ def data_loader(
         sampler=torch.utils.data.RandomSampler(dataset, num_samples=batch * steps),
         num_workers=workers,
         persistent_workers=persistent and workers > 0,
-        pin_memory=runtime.device.type == "cuda",
+        pin_memory=runtime.pins,
     )

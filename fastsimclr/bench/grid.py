@@ -14,7 +14,7 @@ import torch
 from fastsimclr.bench import ours
 from fastsimclr.bench.configs import Arch, BenchConfig
 from fastsimclr.bench.record import LAST, Contestant, Report, Round, Stopwatch, frame, measure
-from fastsimclr.loaders import Batch, DataConfig, Resident, Source, TrainLoader, hold, open_data
+from fastsimclr.loaders import Batch, Crops, DataConfig, Resident, Source, TrainLoader, choose_place, open_data
 from fastsimclr.methods import Contrastive
 from fastsimclr.models import ModelConfig, build_simclr, count_parameters
 from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
@@ -92,7 +92,7 @@ def bench_grid(config: GridBench) -> Report:
         side = size if size <= 32 else size * 8 // 7
         data = DataConfig(source="synthetic", synthetic_images=2 * most, synthetic_size=side, loader="resident")
         source = open_data(data).unlabelled
-        held[size] = source, hold(source, data, runtime.device)
+        held[size] = source, choose_place(source, data, runtime.device).fill()
     entries = [_trained(config, point, runtime, *held[point[2]]) for point in every]
     rows = measure(entries, config.rounds, runtime.device)
     notes = [
@@ -117,7 +117,7 @@ def _trained(
     schedule = Schedule(peak=ours.LR, warmup_steps=0, total_steps=config.steps)
     policy, turn = ours.policy_for(size), 0
 
-    def batches(start: int, stop: int) -> Iterable[Batch]:
+    def batches(start: int, stop: int, crops: Crops) -> Iterable[Batch]:
         first = turn * config.steps
         watch.start()
         cpu.append(time.process_time())
@@ -129,7 +129,9 @@ def _trained(
             start=first + start,
             stop=first + stop,
             resident=resident,
-            pin=runtime.device.type == "cuda",
+            crops=crops,
+            cut=runtime.cuts,
+            pin=runtime.pins,
         )
 
     def run() -> Round:

@@ -26,6 +26,7 @@ from fastsimclr.bench.record import LAST, LOG, Contestant, Report, Round, Stopwa
 from fastsimclr.loaders import (
     BetonSource,
     BetonWriter,
+    Crops,
     DataConfig,
     DataError,
     Packing,
@@ -33,7 +34,7 @@ from fastsimclr.loaders import (
     Recoding,
     Source,
     TrainLoader,
-    hold,
+    choose_place,
     pack,
     thread_count,
 )
@@ -166,30 +167,31 @@ class _Set:
             batch=self.config.batch,
             seed=self._turn,
             stop=self.batches,
-            pin=self.runtime.device.type == "cuda",
+            crops=self._crops(Policy(size=self.config.size, normalise="none")) if crops else None,
+            pin=self.runtime.pins,
         )
-        if crops:
-            loader.cut(Policy(size=self.config.size, normalise="none"), self.config.seed, 2)
         return iter(loader)
+
+    def _crops(self, policy: Policy) -> Crops:
+        return Crops(policy=policy, seed=self.config.seed, views=2)
 
     def _held(self) -> None:
         """The whole set decoded in the device's memory, its crops cut there: uint8 on a CPU, float32 on a GPU."""
-        policy = Policy(size=self.config.size, flip=0.0, jitter=0.0, grey=0.0, blur=0.0, normalise="none")
+        crops = self._crops(Policy(size=self.config.size, normalise="none").plain())
         start = time.perf_counter()
         data = DataConfig(threads=self.config.threads, loader="resident")
-        resident = hold(self.many, data, self.runtime.device)
+        resident = choose_place(self.many, data, self.runtime.device).fill()
         setup_s = round(time.perf_counter() - start, 3)
 
         def stream() -> Iterator[Any]:
             where = {"batch": self.config.batch, "stop": self.batches, "seed": self.config.seed}
-            loader = TrainLoader(self.many, data, resident=resident, **where)  # type: ignore[arg-type]
-            if self.runtime.device.type == "cpu":
-                loader.cut(policy, self.config.seed, 2)
+            loader = TrainLoader(self.many, data, resident=resident, crops=crops, **where)  # type: ignore[arg-type]
+            if loader.crops is not None:
                 yield from loader
                 return
-            with Feed(loader, policy, seed=self.config.seed, views=2, runtime=self.runtime) as feed:
+            with Feed(loader, crops, self.runtime) as feed:
                 for shipment in feed:
-                    yield shipment.views(policy, torch.float32)
+                    yield shipment.render(torch.float32)
 
         self.entries.add("ours resident, 2 crops", 2, stream, setup_s=setup_s)
 

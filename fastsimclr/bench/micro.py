@@ -21,7 +21,7 @@ from fastsimclr.bench.configs import MicroBench
 from fastsimclr.bench.files import open_files
 from fastsimclr.bench.memory import Call
 from fastsimclr.bench.record import Report
-from fastsimclr.loaders import DataConfig, TrainLoader
+from fastsimclr.loaders import Crops, DataConfig, TrainLoader
 from fastsimclr.methods import Contrastive
 from fastsimclr.models import ModelConfig, ResNet, build_simclr
 from fastsimclr.optim import OptimConfig, build_optimizer
@@ -112,7 +112,8 @@ def differences(config: MicroBench) -> dict[str, Any]:
     mode BN sees a micro-batch instead of the batch, which is another function.
     """
     runtime = choose_runtime(config.device, "fp32", True)
-    policy, objective = ours.policy_for(config.size), contrastive(config, runtime)
+    crops = Crops(policy=ours.policy_for(config.size), seed=config.seed, views=2)
+    objective = contrastive(config, runtime)
     optimizer = build_optimizer(OptimConfig(lr=LR, lr_scaling="none"), objective, global_batch=config.batch)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -120,8 +121,8 @@ def differences(config: MicroBench) -> dict[str, Any]:
         data = DataConfig(threads=1, loader="native")
         loader = TrainLoader(source, data, batch=config.batch, seed=config.seed, stop=config.steps + 1)
         for batch in loader:
-            shipment = ship(batch, policy, config.seed, 2, runtime.device)
-            images = shipment.views(policy, torch.float32)
+            shipment = ship(batch, crops, runtime)
+            images = shipment.render(torch.float32)
             gradients(objective, images, shipment.labels, None, runtime)
             optimizer.step()
     when = f"after {config.steps + 1} steps"

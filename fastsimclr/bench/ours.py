@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastsimclr.bench.training_configs import StageBench, TrainingStage
-from fastsimclr.loaders import Batch, Policy
+from fastsimclr.loaders import Batch, Crops, Policy
 from fastsimclr.methods import Contrastive, CrossEntropy, Distillation, Objective
 from fastsimclr.models import ClassifierNet, ModelConfig, SimCLRNet, build_classifier, build_simclr
 from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
@@ -21,8 +21,8 @@ HEAD_LAYERS, HEAD_DIM, TEMPERATURE = 2, 128, 0.5
 # A small rate: losses stay comparable where a baseline sees the same few views again.
 LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1e-4
 SOFTNESS = 1.0  # temperature of a distillation
-Batches = Callable[[int, int], Iterable[Batch]]
-"""(start, stop) -> the batches of those steps."""
+Batches = Callable[[int, int, Crops], Iterable[Batch]]
+"""(start, stop, crops) -> the batches of those steps, of which `crops` are the views."""
 
 
 def network(arch: str, size: int, seed: int) -> SimCLRNet:
@@ -45,7 +45,7 @@ def policy_for(size: int) -> Policy:
 def policy_of(stage: TrainingStage, size: int) -> Policy:
     """The views of a stage: SimCLR's in pretraining, crop and flip in the others."""
     views = policy_for(size)
-    return views if stage == "pretrain" else replace(views, jitter=0.0, grey=0.0, blur=0.0)
+    return views if stage == "pretrain" else replace(views.plain(), flip=views.flip)
 
 
 def objective_of(config: StageBench) -> Objective:

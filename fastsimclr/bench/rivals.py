@@ -10,9 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torchvision.transforms import v2
 from fastsimclr.bench.baseline import TwoViews, plain_transform
 from fastsimclr.bench.files import Files, data_loader
 from fastsimclr.bench.ours import policy_for
+from fastsimclr.loaders.ahead import ahead
 from fastsimclr.loaders.scratch import Scratch
 from fastsimclr.runtime.device import Runtime
 
@@ -78,16 +78,13 @@ def decoding(files: Sequence[bytes], batch: int, threads: int) -> Stream:
 
     def stream() -> Iterator[None]:
         pool = ThreadPoolExecutor(threads)
-        begun: deque[list[Future[None]]] = deque()
-        try:
-            for first in itertools.count(step=batch):
-                begun.append([pool.submit(decode, start) for start in range(first, first + batch, share)])
-                if len(begun) > _AHEAD:
-                    for task in begun.popleft():
-                        task.result()
-                    yield None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        firsts = itertools.count(step=batch)
+        begun = ([pool.submit(decode, start) for start in range(k, k + batch, share)] for k in firsts)
+        with ahead(pool, begun, _AHEAD) as batches:
+            for tasks in batches:
+                for task in tasks:
+                    task.result()
+                yield None
 
     return stream
 

@@ -28,7 +28,7 @@ from fastsimclr.bench.step import synthetic
 from fastsimclr.bench.training_configs import ScalingBench
 from fastsimclr.distributed.ranks import Ranks
 from fastsimclr.distributed.torchrun import launched
-from fastsimclr.loaders import hold, open_data
+from fastsimclr.loaders import choose_place, open_data
 from fastsimclr.methods import Outcome
 from fastsimclr.models import batch_groups, set_groups
 from fastsimclr.runs.text import write_text
@@ -75,7 +75,7 @@ def measure_world(config: ScalingBench) -> dict[str, Any]:
     alone = replace(runtime, ranks=Ranks())
     data = synthetic(config, config.batch * ranks.world)
     source = open_data(data).unlabelled
-    resident = hold(source, data, runtime.device)
+    resident = choose_place(source, data, runtime.device).fill()
     settings = TrainerConfig(bn_groups=config.bn_groups)
     kinds = [(ALL, runtime, None), (UNAVERAGED, runtime, unaveraged), (NONE, alone, None)]
     entries = []

@@ -12,11 +12,10 @@ import torch
 
 from fastsimclr.bench import loop, watched
 from fastsimclr.bench.flops import HOW, measure_training
-from fastsimclr.bench.ours import policy_of
 from fastsimclr.bench.record import Contestant, Report, report, seconds_an_image, spread
 from fastsimclr.bench.trace import trace
 from fastsimclr.bench.training_configs import Mode, StepBench
-from fastsimclr.loaders import DataConfig, hold, open_data
+from fastsimclr.loaders import DataConfig, choose_place, open_data
 from fastsimclr.runtime.device import Precision, Runtime, choose_runtime
 from fastsimclr.training.feed import Shipment
 
@@ -33,7 +32,7 @@ def bench_step(config: StepBench) -> Report:
         check_mode(mode, plain, "modes")
     data = synthetic(config, config.batch)
     source = open_data(data).unlabelled
-    resident = hold(source, data, plain.device)
+    resident = choose_place(source, data, plain.device).fill()
     batches = watched.loading(source, resident, plain, config, data)
     shipments = watched.shipped(batches, plain, config, 2 if config.stage == "pretrain" else 1)
     full = choose_runtime(config.device, _FULL, True)
@@ -83,10 +82,9 @@ def synthetic(config: Any, global_batch: int) -> DataConfig:
 
 
 def _theirs(config: StepBench, shipments: list[Shipment], plain: Runtime, best: Runtime) -> list[Contestant]:
-    policy = policy_of(config.stage, config.size)
     ready: list[loop.Tensors] = []
     for shipment in shipments:
-        views = shipment.views(policy, torch.float32).contiguous()
+        views = shipment.render(torch.float32).contiguous()
         ready.append(views.chunk(2) if config.stage == "pretrain" else (views, shipment.labels))
 
     def batches() -> Iterator[loop.Tensors]:

@@ -17,7 +17,7 @@ from fastsimclr.bench.flops import flops_per_image
 from fastsimclr.bench.ours import LR, Batches, job_of, networks_of, objective_of, optimizer_of, policy_of
 from fastsimclr.bench.record import LAST, Contestant, Round, Stopwatch
 from fastsimclr.bench.training_configs import Mode, StageBench
-from fastsimclr.loaders import Batch, DataConfig, Policy, Resident, Source, TrainLoader
+from fastsimclr.loaders import Batch, Crops, DataConfig, Resident, Source, TrainLoader
 from fastsimclr.methods import Distillation, Objective, Outcome
 from fastsimclr.models import count_parameters
 from fastsimclr.optim import Schedule
@@ -54,12 +54,13 @@ class _Watched(Trainer):
         self._watch, self._make = watch, step_of
         self._kept: Step | None = None
 
-    def again(self, batches: Iterable[Batch], steps: int, run: Path) -> None:
-        """Train `steps` steps from a standing start; `run` is an empty folder."""
+    def again(self, batches: Batches, first: int, steps: int, run: Path) -> None:
+        """Train `steps` steps on the batches from step `first` on, from a standing start; `run` is an empty folder."""
 
-        def begin(start: int, stop: int) -> Iterable[Batch]:
+        def begin(start: int, stop: int, crops: Crops) -> Iterable[Batch]:
+            coming = batches(first + start, first + stop, crops)
             self._watch.start()
-            return batches
+            return coming
 
         schedule = replace(self.job.schedule, total_steps=steps)
         self.step, self.job = 0, replace(self.job, run=run, batches=begin, schedule=schedule)
@@ -79,9 +80,9 @@ class _Watched(Trainer):
 
         return step
 
-    def _train_step(self, step: Step, shipment: Shipment, policy: Policy, rate: float, meter: Meter) -> None:
+    def _train_step(self, step: Step, shipment: Shipment, rate: float, meter: Meter) -> None:
         self._watch.mark("wait")
-        super()._train_step(step, shipment, policy, rate, meter)
+        super()._train_step(step, shipment, rate, meter)
 
     def _between_steps(self, log: RunLog, meter: Meter, rate: float, *, stopping: bool) -> Path | None:
         self._watch.mark(LAST)  # records and checkpoints do not count
@@ -137,10 +138,9 @@ def trained(
 
     def fit(steps: int) -> Round:
         nonlocal done
-        coming = batches(done, done + steps)  # on through the epochs: no two rounds see the same views
-        done += steps
+        first, done = done, done + steps  # on through the epochs: no two rounds see the same views
         with tempfile.TemporaryDirectory() as folder:
-            trainer.again(coming, steps, Path(folder))
+            trainer.again(batches, first, steps, Path(folder))
         return watch.round(config.batch, trainer.losses)
 
     def prepare() -> float:
@@ -184,7 +184,7 @@ def loading(
     """The rank's batches of `source` by the loader of `data`, or out of `resident`, where it is held."""
     ranks = runtime.ranks
 
-    def batches(start: int, stop: int) -> Iterable[Batch]:
+    def batches(start: int, stop: int, crops: Crops) -> Iterable[Batch]:
         return TrainLoader(
             source,
             data,
@@ -195,7 +195,9 @@ def loading(
             rank=ranks.rank,
             world=ranks.world,
             resident=resident,
-            pin=runtime.device.type == "cuda",
+            crops=crops,
+            cut=runtime.cuts,
+            pin=runtime.pins,
         )
 
     return batches
@@ -203,8 +205,8 @@ def loading(
 
 def shipped(batches: Batches, runtime: Runtime, config: StageBench, views: int) -> list[Shipment]:
     """The first READY batches on the device, drawn, as the trainer gets them."""
-    policy = policy_of(config.stage, config.size)
-    with Feed(batches(0, READY), policy, seed=config.seed, views=views, runtime=runtime) as feed:
+    crops = Crops(policy=policy_of(config.stage, config.size), seed=config.seed, views=views)
+    with Feed(batches(0, READY, crops), crops, runtime) as feed:
         return list(feed)
 
 
@@ -221,19 +223,20 @@ def again_and_again(shipments: Sequence[Shipment]) -> Batches:
         )
         for shipment in shipments
     ]
-    return lambda start, stop: list(itertools.islice(itertools.cycle(ready), stop - start))
+    return lambda start, stop, _: list(itertools.islice(itertools.cycle(ready), stop - start))
 
 
 def loaded(name: str, runtime: Runtime, config: StageBench, batches: Batches, views: int) -> Contestant:
     """The loader and the feed alone, from a standing start: shipments on the device with which nothing is done."""
-    policy, watch, done = policy_of(config.stage, config.size), Stopwatch(runtime.device), 0
+    crops = Crops(policy=policy_of(config.stage, config.size), seed=config.seed, views=views)
+    watch, done = Stopwatch(runtime.device), 0
 
     def run() -> Round:
         nonlocal done
         watch.start()
-        coming = batches(done, done + config.steps)
+        coming = batches(done, done + config.steps, crops)
         done += config.steps
-        with Feed(coming, policy, seed=config.seed, views=views, runtime=runtime) as feed:
+        with Feed(coming, crops, runtime) as feed:
             for _ in feed:
                 watch.mark(LAST)
         return watch.round(config.batch)
@@ -248,8 +251,8 @@ def teacher_forward(name: str, runtime: Runtime, config: StageBench, shipments: 
     teacher = objective.teacher.eval()
     flops = flops_per_image([teacher], config.size, objective.views)
     runtime.place(teacher)
-    policy, watch = policy_of(config.stage, config.size), Stopwatch(runtime.device)
-    ready = [shipment.views(policy, runtime.view_dtype) for shipment in shipments]
+    watch = Stopwatch(runtime.device)
+    ready = [shipment.render(runtime.view_dtype) for shipment in shipments]
 
     def run() -> Round:
         watch.start()

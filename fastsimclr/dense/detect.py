@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fastsimclr.dense.coco import Annotations, Boxes, read_coco
-from fastsimclr.dense.fit import FitConfig, Item, fit, read_image, split
+from fastsimclr.dense.fit import fit
 from fastsimclr.dense.networks import Body, detector
+from fastsimclr.dense.task import FitConfig, Item, Task, read_image, split
 from fastsimclr.deploy.files import need
 from fastsimclr.loaders import DataError
 from fastsimclr.runs.text import write_text
@@ -44,8 +45,9 @@ class DetectConfig(FitConfig):
             raise ValueError(f"--val_images={self.val_images} needs --val_annotations; give both or neither")
 
 
-class _Detection:
+class _Detection(Task):
     def __init__(self, config: DetectConfig) -> None:
+        super().__init__()
         need("fastsimclr detect", "dense", "pycocotools")
         read = read_coco(Path(config.annotations), Path(config.images))
         if config.val_annotations:
@@ -58,12 +60,12 @@ class _Detection:
         else:
             training, self.val = split(read.images, config.val_fraction, config.seed)
         self.categories = read.categories
-        self.train = [
+        self.examples = [
             image for image in training if not all(image.crowd)
         ]  # an image without boxes has no loss of boxes
-        if not self.train or not self.val:
+        if not self.examples or not self.val:
             raise DataError(
-                f"{config.annotations}: {len(self.train)} images with boxes to train on, {len(self.val)} to"
+                f"{config.annotations}: {len(self.examples)} images with boxes to train on, {len(self.val)} to"
                 " validate; it takes one each"
             )
         self._label = {category: label for label, category in enumerate(self.categories, 1)}
@@ -73,7 +75,7 @@ class _Detection:
         self.network = detector(body, len(self.categories), config.size, config.regions)
 
     def item(self, index: int, generator: torch.Generator) -> Item:
-        image = self.train[index]
+        image = self.examples[index]
         pixels, kept = _pixels(image), [place for place, crowd in enumerate(image.crowd) if not crowd]
         boxes = torch.tensor([image.boxes[place] for place in kept])
         boxes[:, 2:] += boxes[:, :2]
@@ -85,8 +87,8 @@ class _Detection:
         labels = torch.tensor([self._label[image.categories[place]] for place in kept])
         return pixels, {"boxes": boxes, "labels": labels}
 
-    def loss(self, items: Sequence[Item]) -> Tensor:
-        losses = self.network([image for image, _ in items], [target for _, target in items])
+    def loss(self, images: Sequence[Tensor], targets: Sequence[Any]) -> Tensor:
+        losses = self.network(images, targets)
         return torch.stack(list(losses.values())).sum()
 
     def rate(self, step: int, total: int) -> float:
@@ -110,9 +112,9 @@ class _Detection:
         return average_precision(Annotations(self.val, self.categories), found)
 
     def facts(self) -> dict[str, Any]:
-        boxes = sum(len(image.boxes) for image in self.train)
+        boxes = sum(len(image.boxes) for image in self.examples)
         return {
-            "images": len(self.train),
+            "images": len(self.examples),
             "boxes": boxes,
             "val": len(self.val),
             "classes": list(self.categories.values()),

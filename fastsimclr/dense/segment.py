@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as T
 
-from fastsimclr.dense.fit import FitConfig, Item, fit, read_image, split
+from fastsimclr.dense.fit import fit
 from fastsimclr.dense.networks import Body, Segmenter
+from fastsimclr.dense.task import FitConfig, Item, Task, read_image, split
 from fastsimclr.loaders import DataError
 
 IGNORED = 255
@@ -46,8 +47,9 @@ class SegmentConfig(FitConfig):
     """Learning rate for 16 images; scaled by batch / 16 (arXiv 1706.02677)."""
 
 
-class _Segmentation:
+class _Segmentation(Task):
     def __init__(self, config: SegmentConfig) -> None:
+        super().__init__()
         pairs = read_pairs(Path(config.images), Path(config.masks))
         highest = max(_checked(pair) for pair in pairs)
         if config.classes and highest >= config.classes:
@@ -60,19 +62,20 @@ class _Segmentation:
                 f"{config.masks} holds class 0 alone; masks are PNGs of class indices, 255 for what is left out"
             )
         if config.val_list:
-            self.train, self.val = _listed(pairs, Path(config.val_list))
+            self.examples, self.val = _listed(pairs, Path(config.val_list))
         else:
-            self.train, self.val = split(pairs, config.val_fraction, config.seed)
-        if not self.train or not self.val:
+            self.examples, self.val = split(pairs, config.val_fraction, config.seed)
+        if not self.examples or not self.val:
             raise DataError(
-                f"{config.masks}: {len(self.train)} images to train on, {len(self.val)} to validate; it takes one each"
+                f"{config.masks}: {len(self.examples)} images to train on, {len(self.val)} to validate;"
+                " it takes one each"
             )
         torch.manual_seed(config.seed)
         self.network = Segmenter(Body(Path(config.run), config.init, config.norm), self.classes)
 
     def item(self, index: int, generator: torch.Generator) -> Item:
         """RandomResize, flip and RandomCrop as in torchvision's references; what is padded is grey and left out."""
-        image_CHW, mask_HW = read_image(self.train[index][0]), _mask(self.train[index][1])
+        image_CHW, mask_HW = read_image(self.examples[index][0]), _mask(self.examples[index][1])
         first, flip, down, right = torch.rand(4, generator=generator).tolist()
         side = round(self.base * (0.5 + 1.5 * first))
         image_CHW = T.resize(image_CHW, [side], antialias=True)
@@ -86,10 +89,9 @@ class _Segmentation:
         cut = (slice(top, top + self.size), slice(left, left + self.size))
         return image_CHW[:, cut[0], cut[1]], mask_HW[cut]
 
-    def loss(self, items: Sequence[Item]) -> Tensor:
+    def loss(self, images: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """Cross-entropy per pixel; 0 where every pixel is left out."""
-        logits = self.network(torch.stack([image for image, _ in items]))
-        masks = torch.stack([mask for _, mask in items])
+        logits, masks = self.network(torch.stack(list(images))), torch.stack(list(targets))
         summed = F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction="sum")
         return summed / (masks != IGNORED).sum().clamp(min=1)
 
@@ -109,7 +111,7 @@ class _Segmentation:
         return scores(confusion_KK)
 
     def facts(self) -> dict[str, Any]:
-        return {"images": len(self.train), "val": len(self.val), "classes": self.classes}
+        return {"images": len(self.examples), "val": len(self.val), "classes": self.classes}
 
 
 def confusion(mask_HW: Tensor, found_HW: Tensor, classes: int) -> Tensor:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fastsimclr.deploy.images import open_images
 from fastsimclr.deploy.origin import Origin, Precision, open_run
-from fastsimclr.loaders import DataConfig, EvalLoader
+from fastsimclr.loaders import Crops, DataConfig, EvalLoader
 from fastsimclr.runs.log import logger
 from fastsimclr.runs.stop import StopFlag, Stopped
 from fastsimclr.training.feed import ship
@@ -65,7 +65,7 @@ class Pass:
                 max_pixels=self.origin.max_pixels,
             ),
             batch=config.batch,
-            pin=self.origin.runtime.device.type == "cuda",
+            pin=self.origin.runtime.pins,
         )
         self.done = 0
         self._stop = StopFlag()
@@ -77,14 +77,14 @@ class Pass:
 
     def outputs(self, network: Callable[[Tensor], Tensor]) -> Iterator[tuple[list[int], Tensor]]:
         """(ids, float32 [N, C] on the CPU) batch by batch, in the order of the paths, until the end or a signal."""
-        runtime, policy = self.origin.runtime, self.origin.policy
+        runtime, crops = self.origin.runtime, Crops(policy=self.origin.policy, seed=0, views=1)
         runtime.place(self.origin.network).eval()
         bar = tqdm(total=len(self.source), desc=self.source.name, unit="image", disable=None, leave=False)
         with self._stop, self._loader, bar:
             for batch in self._loader:
-                shipment = ship(batch, policy, 0, 1, runtime.device)
+                shipment = ship(batch, crops, runtime)
                 with torch.no_grad(), runtime.autocast():
-                    values = network(shipment.views(policy, runtime.view_dtype))
+                    values = network(shipment.render(runtime.view_dtype))
                 yield shipment.ids.tolist(), values.float().cpu()
                 self.done += len(batch)
                 bar.update(len(batch))

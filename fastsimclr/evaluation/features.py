@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastsimclr.loaders import Batch, Policy
+from fastsimclr.loaders import Batch, Crops, Policy
 from fastsimclr.models import BatchNorm
 from fastsimclr.runtime.device import Runtime
 from fastsimclr.training.feed import ship
@@ -46,9 +46,9 @@ def extract(
     values, labels, ids = [], [], []
     with torch.no_grad():
         for batch in batches:
-            shipment = ship(batch, policy, 0, 1, runtime.device)
+            shipment = ship(batch, Crops(policy=policy, seed=0, views=1), runtime)
             with runtime.autocast():
-                values.append(network(shipment.views(policy, runtime.view_dtype)).float())
+                values.append(network(shipment.render(runtime.view_dtype)).float())
             labels.append(shipment.labels)
             ids.append(shipment.ids)
     shapes = runtime.ranks.gather(tuple(values[0].shape[1:]) if values else None)
@@ -80,9 +80,9 @@ def calibrate_bn(encoder: nn.Module, batches: Iterable[Batch], policy: Policy, r
         norm.momentum = None  # the cumulative average
     with torch.no_grad():
         for batch in batches:
-            shipment = ship(batch, policy, 0, 1, runtime.device)
+            shipment = ship(batch, Crops(policy=policy, seed=0, views=1), runtime)
             with runtime.autocast():
-                encoder(shipment.views(policy, runtime.view_dtype))
+                encoder(shipment.render(runtime.view_dtype))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     encoder.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -42,11 +43,71 @@ class Runtime:
         module = module.to(self.device, torch.float64 if self.precision == "fp64" else None)
         return module.to(memory_format=torch.channels_last) if self.channels_last else module
 
+    @property
+    def pins(self) -> bool:
+        """Whether copies to the device start from pinned memory; else the device reads the host's memory itself."""
+        return self.device.type == "cuda"
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a loader is to cut the crops, as there is no GPU that does it faster."""
+        return self.device.type == "cpu"
+
+    @property
+    def captures(self) -> bool:
+        """Whether the device runs CUDA graphs."""
+        return self.device.type == "cuda"
+
+    def side_stream(self) -> SideStream:
+        """A stream of its own for a thread that copies to the device while another computes there."""
+        return SideStream(self.device)
+
     def name(self) -> str:
         """The device in words, for result files."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+class SideStream:
+    """Within the context of it, work goes to a stream of its own; on a CPU, which has none, nothing changes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def claim_thread(self) -> None:
+        """Make its device the current one of the calling thread; each thread has its own."""
+        if self._stream is not None:
+            torch.cuda.set_device(self._stream.device)
+
+    def __enter__(self) -> None:
+        self._context = torch.cuda.stream(self._stream)
+        self._context.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._context.__exit__(*error)
+
+    def mark(self) -> Mark | None:
+        """The point that the work has reached; None where there is nothing to wait for."""
+        return None if self._stream is None else Mark(event=self._stream.record_event())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """A point in the work of a side stream."""
+
+    event: torch.cuda.Event
+
+    def wait(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Order the work of the current stream behind it; the host does not wait.
+
+        The memory of `tensors`, which the side stream filled, is not given to others before that work is done.
+        """
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self.event)
+        for tensor in tensors:
+            if tensor.is_cuda:
+                tensor.record_stream(stream)
 
 
 def choose_runtime(

@@ -130,4 +130,8 @@ def recipe_path(run: Path) -> Path:
         remedy = f"give one of the runs in it: {', '.join(inside)}" if inside else "give the --out of an earlier stage"
         lacking = path if not path.is_file() else checkpoint.folder(folder)
         raise checkpoint.CheckpointError(f"{run} is not a run folder: {lacking} does not exist; {remedy}")
+    if (command := path.read_text().partition(":")[0]) in ("detect", "segment"):
+        raise checkpoint.CheckpointError(
+            f"{run} is a run of {command}, whose network no other command reads; give the run that it started from"
+        )
     return path

@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from fastsimclr.loaders import (
     Batch,
+    Crops,
+    Damage,
     DataConfig,
     DataError,
     EvalLoader,
-    Loader,
     OrderName,
     Policy,
     Relabelled,
@@ -33,7 +34,6 @@ from fastsimclr.loaders import (
     label_subset,
     open_data,
     thread_count,
-    too_many_damaged,
 )
 from fastsimclr.recipe import Labels, Recipe, dump_recipe
 from fastsimclr.runs.log import logger
@@ -58,7 +58,7 @@ class Setting:
         self.data = replace(recipe.data, threads=threads)
         self.environment = environment(self.runtime)  # now: the checkout may change while this process runs
         self._held: dict[tuple[str, str], tuple[Resident | None, str]] = {}  # and why
-        self._damaged: dict[tuple[str, str], tuple[Source, list[dict[int, str]]]] = {}
+        self._damaged: dict[tuple[str, str], Damage] = {}
         self._agree()
 
     def with_recipe(self, recipe: Recipe) -> Setting:
@@ -133,17 +133,16 @@ class Setting:
     def crop_flip_policy(self, scale: tuple[float, float] | None = None) -> Policy:
         """Crop and flip of the pretraining views (and their rotation, where there is one), with crops of `scale`."""
         views = self.recipe.views
-        mild = replace(views, scale=scale or views.scale, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0)
-        return replace(mild, rotate90=0.0, sobel=0.0, noise=0.0, cutout=0.0, one_branch=False)
+        return replace(views.plain(), scale=scale or views.scale, flip=views.flip, rotate=views.rotate)
 
     @property
     def evaluation_policy(self) -> Policy:
         """One fixed view an image: the centre, or the whole image where small."""
-        return replace(self.crop_flip_policy(), crop="centre", rotate=0.0, flip=0.0)
+        return replace(self.recipe.views.plain(), crop="centre")
 
     def order_is_open(self, source: Source) -> bool:
         """Whether the order of a training on `source` is for `ordered` to choose."""
-        return self.data.order == "auto" and getattr(source, "blocks", None) is not None
+        return self.data.order == "auto" and source.blocks is not None
 
     def ordered(self, source: Source, begun: Mapping[str, Any]) -> DataConfig:
         """The data settings with the order of a training on `source`: that of the run to go on with, else chosen.
@@ -156,19 +155,21 @@ class Setting:
             order, window = begun.get("order", "random"), begun.get("window", window)
             reason = "as the run began"
         else:
-            fits = all(self.ranks.gather(bool(getattr(source, "whole_fits", True))))
+            fits = all(self.ranks.gather(source.whole_fits))
             order, reason = choose_order(source, asked, fits=fits)
         data = replace(self.data, order=order, window=window)
-        if asked != "auto" or self.order_is_open(source) or not getattr(source, "whole_fits", True):
+        if asked != "auto" or self.order_is_open(source) or not source.whole_fits:
             logger.info("%s: data.order=%s: %s, %s", source.name, asked, order_name(data), reason)
         return data
 
-    def training_batches(self, source: Source, batch: int, data: DataConfig) -> Callable[[int, int], Iterable[Batch]]:
-        """(start, stop) -> the batches of those steps, in the order of `data`, as `ordered` gives it."""
+    def training_batches(
+        self, source: Source, batch: int, data: DataConfig
+    ) -> Callable[[int, int, Crops], Iterable[Batch]]:
+        """(start, stop, crops) -> the batches of those steps, in the order of `data`, as `ordered` gives it."""
         resident, runtime, ranks = self._resident(source), self.runtime, self.ranks
 
-        def batches(start: int, stop: int) -> Iterable[Batch]:
-            loader = TrainLoader(
+        def batches(start: int, stop: int, crops: Crops) -> Iterable[Batch]:
+            return TrainLoader(
                 source,
                 data,
                 batch=batch,
@@ -178,24 +179,26 @@ class Setting:
                 rank=ranks.rank,
                 world=ranks.world,
                 resident=resident,
-                pin=runtime.device.type == "cuda",
+                damage=self._damage(source),
+                crops=crops,
+                cut=runtime.cuts,
+                pin=runtime.pins,
             )
-            return self._noting_damage(loader)
 
         return batches
 
     def passes(self, source: Source, *, sharded: bool = True) -> Iterable[Batch]:
         """One pass over this rank's part of the images in order, or over all of them; damaged ones left out."""
-        loader = EvalLoader(
+        return EvalLoader(
             source,
             self.data,
             batch=_EVALUATION_BATCH,
             rank=self.ranks.rank if sharded else 0,
             world=self.ranks.world if sharded else 1,
             resident=self._resident(source),
-            pin=self.runtime.device.type == "cuda",
+            damage=self._damage(source),
+            pin=self.runtime.pins,
         )
-        return self._noting_damage(loader)
 
     def loader_name(self, source: Source) -> str:
         """Which loader serves `source`; where it was chosen, the reason too."""
@@ -208,18 +211,12 @@ class Setting:
         DataError where all ranks together found more damaged images than data.max_bad_fraction allows.
         """
         splits = self.splits
-        mine = {
-            key: (source.name, len(source), {k: v for bad in found for k, v in bad.items()})
-            for key, (source, found) in self._damaged.items()
-        }
+        mine = {key: (damage.name, damage.n, damage.bad) for key, damage in self._damaged.items()}
         reasons: dict[str, set[str]] = {}
-        everywhere: dict[tuple[str, str], dict[int, str]] = {}
+        everywhere: dict[tuple[str, str], Damage] = {}
         for found in self.ranks.gather(mine):
             for key, (name, n, bad) in found.items():
-                together = everywhere.setdefault(key, {})
-                together.update(bad)
-                if len(together) > self.data.max_bad_fraction * n:
-                    raise too_many_damaged(name, n, together, self.data.max_bad_fraction)
+                everywhere.setdefault(key, Damage(name, n, self.data.max_bad_fraction)).merge(bad)
                 reasons.setdefault(name, set()).update(bad.values())
         return {
             "source": splits.unlabelled.name,
@@ -241,10 +238,11 @@ class Setting:
                 self._held[key] = place.fill(lambda done, n: _show(bar, done, n)), place.why
         return self._held[key][0]
 
-    def _noting_damage(self, loader: Loader) -> Iterable[Batch]:
-        source = loader.source
-        self._damaged.setdefault(_key(source), (source, []))[1].append(loader.bad)
-        return loader
+    def _damage(self, source: Source) -> Damage:
+        """The one list of the damaged images of `source`, for all of its loaders."""
+        resident = self._resident(source)
+        damage = Damage(source.name, len(source), self.data.max_bad_fraction) if resident is None else resident.damage
+        return self._damaged.setdefault(_key(source), damage)
 
 
 def _opened(recipe: Recipe) -> tuple[DataConfig, bool]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fastsimclr.kernels.views import make_views
-from fastsimclr.loaders import Batch, Loader, Policy, Ragged, ViewParams, draw
-from fastsimclr.runtime.device import Runtime
+from fastsimclr.loaders import Batch, Crops, Loader, Policy, Ragged, ViewParams
+from fastsimclr.runtime.device import Mark, Runtime, SideStream
 
 _AHEAD = 2  # batches drawn and shipped ahead; each holds its images on the device
 _END = object()
@@ -24,41 +24,36 @@ _END = object()
 
 @dataclass(frozen=True, kw_only=True)
 class Shipment:
-    """One batch on the device: images, the parameters of its V·N views, labels int64 [N]; `ids` stay on the CPU."""
+    """One batch on the device: images, the parameters of its V·N views, labels int64 [N]; `ids` stay on the CPU.
 
+    policy: that of the views.
+    """
+
+    policy: Policy
     images: Ragged
     params: ViewParams
     labels: Tensor
     ids: Tensor
-    shipped: torch.cuda.Event | None = None
+    shipped: Mark | None = None
 
     def wait(self) -> None:
-        """Order the work of the current stream behind the copies, which another stream makes; the host does not wait.
+        """Order the current stream's work behind the copies, which another stream makes; the host does not wait."""
+        if self.shipped is not None:
+            values = [getattr(part, field.name) for part in (self.images, self.params) for field in fields(part)]
+            self.shipped.wait([self.labels, *(value for value in values if isinstance(value, Tensor))])
 
-        The memory is then not given to other tensors before the current stream's work with it is done.
-        """
-        if self.shipped is None:
-            return
-        stream = torch.cuda.current_stream()
-        stream.wait_event(self.shipped)
-        for part in (self.images, self.params):
-            for field in fields(part):
-                value = getattr(part, field.name)
-                if isinstance(value, Tensor) and value.is_cuda:
-                    value.record_stream(stream)
-        self.labels.record_stream(stream)
-
-    def views(self, policy: Policy, dtype: torch.dtype) -> Tensor:
+    def render(self, dtype: torch.dtype) -> Tensor:
         """The views, [V·N, 3, S, S], channels-last."""
-        return make_views(self.images, self.params, **policy.rendering, dtype=dtype)
+        return make_views(self.images, self.params, **self.policy.rendering, dtype=dtype)
 
 
-def ship(batch: Batch, policy: Policy, seed: int, views: int, device: torch.device) -> Shipment:
+def ship(batch: Batch, crops: Crops, runtime: Runtime) -> Shipment:
     """Draw the parameters of a batch's views, if its loader has not, and move everything to the device."""
-    params = batch.params or draw(policy, seed, batch.epochs, batch.ids, views, batch.sizes)
+    params, device = batch.params or crops.draw(batch.epochs, batch.ids, batch.sizes), runtime.device
     return Shipment(
+        policy=crops.policy,
         images=batch.images.to(device, non_blocking=True),
-        params=params.to(device, non_blocking=True),
+        params=params.to(device, pin=runtime.pins),
         labels=batch.labels.to(device, non_blocking=True),
         ids=batch.ids,
     )
@@ -67,39 +62,31 @@ def ship(batch: Batch, policy: Policy, seed: int, views: int, device: torch.devi
 class Feed:
     """Iterates the shipments of a loader, made ahead in a thread. `waited_s` is the time next() blocked.
 
+    crops: the views to draw of each image, those that the loader was given where it cuts them.
     An error in the loader is raised by next(). Close it (or use it as a context manager) to end the thread early.
     """
 
-    def __init__(self, batches: Iterable[Batch], policy: Policy, *, seed: int, views: int, runtime: Runtime) -> None:
+    def __init__(self, batches: Iterable[Batch], crops: Crops, runtime: Runtime) -> None:
         self.waited_s = 0.0
         self._queue: queue.Queue[object] = queue.Queue(maxsize=_AHEAD)
         self._closed = threading.Event()
-        if isinstance(batches, Loader) and (batches.always_cuts or runtime.device.type == "cpu"):
-            batches.cut(policy, seed, views)
-        device = runtime.device
         self._thread: threading.Thread | None = None
         self._here: Iterator[Shipment] | None = None
         if isinstance(batches, Loader) and batches.exchanges:
-            self._here = (ship(batch, policy, seed, views, device) for batch in batches)
+            self._here = (ship(batch, crops, runtime) for batch in batches)
             return
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())  # of this thread; the other has its own
+        side = runtime.side_stream()  # its copies run beside the step's kernels
         self._thread = threading.Thread(
-            target=self._run, args=(batches, policy, seed, views, device), name="feed", daemon=True
+            target=self._run, args=(batches, crops, runtime, side), name="feed", daemon=True
         )
         self._thread.start()
 
-    def _run(self, batches: Iterable[Batch], policy: Policy, seed: int, views: int, device: torch.device) -> None:
+    def _run(self, batches: Iterable[Batch], crops: Crops, runtime: Runtime, side: SideStream) -> None:
         try:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)  # the current device is each thread's own
-            # Copies on a stream of their own run beside the step's kernels; None where there are no streams.
-            side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+            side.claim_thread()
             for batch in batches:
-                with torch.cuda.stream(side):
-                    shipment = ship(batch, policy, seed, views, device)
-                    if side is not None:
-                        shipment = replace(shipment, shipped=side.record_event())
+                with side:
+                    shipment = replace(ship(batch, crops, runtime), shipped=side.mark())
                 if not self._put(shipment):
                     return
             self._put(_END)

@@ -19,7 +19,7 @@ from fastsimclr.kernels.ahead import ARCHITECTURES, Variant
 from fastsimclr.kernels.views.fused_blur import blur_kernel, sobel_kernel
 from fastsimclr.kernels.views.fused_cut import cut_kernel, mean_kernel
 from fastsimclr.kernels.views.inputs import Params
-from fastsimclr.kernels.views.op import Pixels, blur_radius
+from fastsimclr.kernels.views.op import FIELDS, Pixels, blur_radius
 
 SIDE = 32
 """Of a program's tile. Views of up to this side are one tile: their mean is known to the program that makes them."""
@@ -31,6 +31,7 @@ _OF_OP = {
     "grey": ("grey",), "blur": ("sigma",), "sobel": ("sobel",), "noise": ("noise", "noise_key"),
     "solarise": ("solarise",), "cutout": ("cutout",),
 }  # fmt: skip
+_KINDS = {torch.bool: "i1", torch.int32: "i32", torch.float32: "fp32"}
 _LAST = ("noise", "noise_key", "solarise", "cutout")
 _MEAN = ("angle", "quarter", "flip", "jitter", "factors", "order")
 
@@ -156,9 +157,8 @@ def _variant(
     used = {column for op in ops for column in _OF_OP[op]}
     kinds = {
         "out": dtype, "scratch": kept, "edges": kept, "sums": "fp32", "buffer": "u8", "offsets": "i64",
-        "heights": "i32", "widths": "i32", "ids": "i64", "source": "i32", "crop": "i32", "angle": "fp32",
-        "quarter": "i32", "flip": "i1", "jitter": "i1", "factors": "fp32", "order": "i32", "grey": "i1",
-        "sigma": "fp32", "sobel": "i1", "noise": "fp32", "noise_key": "i32", "solarise": "i1", "cutout": "i32",
+        "heights": "i32", "widths": "i32", "ids": "i64",
+        **{name: _KINDS[kind] for name, (kind, _) in FIELDS.items() if name != "extent"},
     }  # fmt: skip
     absent = {column for names in _OF_OP.values() for column in names} - used
     absent |= {"offsets", "heights", "widths"} if gather else {"ids"}

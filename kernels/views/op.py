@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TypedDict, cast
 
 import torch
@@ -87,25 +88,8 @@ class _Images:
     widths: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Params:
-    source: Tensor
-    crop: Tensor
-    angle: Tensor
-    quarter: Tensor
-    flip: Tensor
-    jitter: Tensor
-    factors: Tensor
-    order: Tensor
-    grey: Tensor
-    sigma: Tensor
-    sobel: Tensor
-    noise: Tensor
-    noise_key: Tensor
-    solarise: Tensor
-    cutout: Tensor
-    extent: Tensor
-    ops: frozenset[str]
+def _params(columns: Mapping[str, Tensor], ops: frozenset[str]) -> Params:
+    return cast(Params, SimpleNamespace(**columns, ops=ops))
 
 
 def render(pixels: Pixels, params: Params, look: Look, backend: Backend) -> Tensor:
@@ -184,7 +168,7 @@ def make_views_op(
     offsets, heights, widths = described if described else (None, None, None)
     pixels = Pixels(buffer=buffer, offsets=offsets, heights=heights, widths=widths, ids=ids)
     present = frozenset(ops.split(",")) - (set() if blur_radius(size) else {"blur"})
-    params = _Params(**dict(zip(FIELDS, columns, strict=True)), ops=present)
+    params = _params(dict(zip(FIELDS, columns, strict=True)), present)
     look = Look(
         size=size,
         semantics=cast(Semantics, semantics),
@@ -234,19 +218,19 @@ def blur_radius(size: int) -> int:
     return int(size // 10 / 2)
 
 
-def _by_reference(pixels: Pixels, params: _Params, look: Look) -> Tensor:
+def _by_reference(pixels: Pixels, params: Params, look: Look) -> Tensor:
     offsets, heights, widths, _ = pixels.rows()
     images = _Images(buffer=pixels.buffer.view(-1), offsets=offsets, heights=heights, widths=widths)
     if pixels.buffer.device.type == "cpu":
         return reference.make_views(images, params, **look)
     bad = torch.stack(list(faults(pixels, params).values())).any(0)
     first_pixel = torch.arange(4, dtype=torch.int32, device=bad.device) // 2
-    params = replace(
-        params,
-        source=params.source.masked_fill(bad, 0),
-        crop=torch.where(bad[:, None], first_pixel, params.crop),
-        order=params.order.masked_fill(bad[:, None], 0),
-    )
+    sound = {
+        "source": params.source.masked_fill(bad, 0),
+        "crop": torch.where(bad[:, None], first_pixel, params.crop),
+        "order": params.order.masked_fill(bad[:, None], 0),
+    }
+    params = _params({name: sound.get(name, getattr(params, name)) for name in FIELDS}, params.ops)
     return reference.make_views(images, params, **look).masked_fill_(bad[:, None, None, None], torch.nan)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastsimclr.loaders.backends.native import Buffers, Job, Pixels
 from fastsimclr.loaders.backends.screen import Screened, largest_batch, screened
 from fastsimclr.loaders.batch import Batch
-from fastsimclr.loaders.cut import Crops, as_cut
+from fastsimclr.loaders.cut import Crops
 from fastsimclr.loaders.decode import Encoded, decode
 from fastsimclr.loaders.draw import Policy, ViewParams
 from fastsimclr.loaders.source import DataError
@@ -35,6 +35,12 @@ _UNCHANGED = np.array([1, 1, 1, 0], dtype=np.float32)  # brightness, contrast, s
 _DEPTH = 2  # batches in DALI's own queue
 _IDENTITY = 0.01  # a Gaussian so narrow that only its middle counts
 _SMALLEST_BLURRED = 20  # as in kernels.views
+
+
+def check_gpu() -> None:
+    """DataError where loader=dali_gpu finds no GPU."""
+    if not torch.cuda.is_available():
+        raise DataError("data.loader=dali_gpu needs a CUDA device, and there is none; use dali or native")
 
 
 def dali_batches(job: Job) -> Generator[Batch]:
@@ -139,13 +145,11 @@ def _photometric(params: ViewParams, rows: slice, policy: Policy) -> list[npt.ND
 
 
 def _rest(params: ViewParams, job: Job) -> ViewParams:
-    """The parameters of crops that lie ready; what DALI did of the rest is not to be done again."""
-    assert job.crops is not None
-    ready = as_cut(params, job.crops.policy.size)
+    """The parameters without what DALI did itself, which is not to be done again."""
     if job.config.photometric == "kernel":
-        return ready
-    none = torch.zeros(len(ready), dtype=torch.bool)
-    return replace(ready, flip=none, jitter=none, grey=none, sigma=torch.zeros(len(ready)), ops=ready.ops - OPS)
+        return params
+    none = torch.zeros(len(params), dtype=torch.bool)
+    return replace(params, flip=none, jitter=none, grey=none, sigma=torch.zeros(len(params)), ops=params.ops - OPS)
 
 
 def _pipeline(job: Job, crops: Crops, inputs: _Inputs, largest: int, on_gpu: bool) -> Any:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastsimclr.loaders.backends.native import Ints, Job
 from fastsimclr.loaders.backends.screen import Screened, screened
 from fastsimclr.loaders.batch import Batch
-from fastsimclr.loaders.cut import Crops, as_cut
+from fastsimclr.loaders.cut import Crops
 from fastsimclr.loaders.decode import decode
 from fastsimclr.loaders.draw import ViewParams
 from fastsimclr.loaders.source import DataError, Source
@@ -86,7 +86,7 @@ def torchvision_batches(job: Job) -> Generator[Batch]:
     try:
         for cuts in _started(loader, job.source):
             found, params = tasks.waiting.popleft()
-            yield found.batch(job, cuts, as_cut(params, job.crops.policy.size))
+            yield found.batch(job, cuts, params)
         if tasks.error is not None:
             del loader  # the error refers to this frame: what it holds is left to the garbage collector
             raise tasks.error

@@ -4,15 +4,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import torch
-
+from fastsimclr.loaders.ahead import ahead
 from fastsimclr.loaders.backends.native import AHEAD, Buffers, Ints, Pixels
-from fastsimclr.loaders.batch import Batch, Ragged
-from fastsimclr.loaders.cut import Crops, Sizes, as_cut, cut_many
+from fastsimclr.loaders.batch import Batch
+from fastsimclr.loaders.cut import Crops, Sizes, cut_many
 
 
 def cut_batches(
@@ -31,40 +29,23 @@ def cut_batches(
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="cut")
     buffers, side = Buffers(), crops.policy.size
-    begun: deque[tuple[list[Future[None]], Batch]] = deque()
 
     def begin(epochs: Ints, ids: Ints) -> tuple[list[Future[None]], Batch]:
         n, those = len(ids), sizes[ids]
         params = crops.draw(epochs, ids, those)
-        buffer = buffers.take(crops.views * n * 3 * side * side, False)
-        out = buffer.numpy().reshape(crops.views, n, side, side, 3)
-        job = (memory, starts[ids], those, params.crop.view(crops.views, n, 4).numpy(), out)
+        cuts = buffers.take(crops.views * n * 3 * side * side, False).view(crops.views, n, side, side, 3)
+        job = (memory, starts[ids], those, params.crop.view(crops.views, n, 4).numpy(), cuts.numpy())
         run = max(1, -(-n // (2 * threads)))
         tasks = [pool.submit(cut_many, *job, slice(k, min(k + run, n))) for k in range(0, n, run)]
-        sides = torch.full((crops.views * n,), side, dtype=torch.int32)
-        offsets = torch.arange(crops.views * n) * (3 * side * side)
-        batch = Batch(
-            images=Ragged(buffer=buffer, offsets=offsets, heights=sides, widths=sides),
-            ids=torch.from_numpy(ids),
-            epochs=torch.from_numpy(epochs),
-            labels=torch.from_numpy(labels[ids]),
-            sizes=torch.from_numpy(those),
-            params=as_cut(params, side),
-        )
+        named = labels[ids]
+        batch = Batch.of_crops(cuts, params, ids=ids, epochs=epochs, labels=named, sizes=those, pin=False)
         return tasks, batch
 
-    def finished() -> Batch:
-        tasks, batch = begun.popleft()
+    def finished(begun: tuple[list[Future[None]], Batch]) -> Batch:
+        tasks, batch = begun
         for task in tasks:
             task.result()
         return batch
 
-    try:
-        for epochs, ids in plan:
-            begun.append(begin(epochs, ids))
-            if len(begun) > AHEAD:
-                yield finished()
-        while begun:
-            yield finished()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    with ahead(pool, (begin(epochs, ids) for epochs, ids in plan), AHEAD) as batches:
+        yield from map(finished, batches)  # no name for a batch: it would hold its memory

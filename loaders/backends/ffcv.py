@@ -21,7 +21,7 @@ from fastsimclr.loaders.backends.native import Buffers, Ints, Job, Pixels, nativ
 from fastsimclr.loaders.backends.screen import Screened, largest_batch, screened
 from fastsimclr.loaders.batch import Batch
 from fastsimclr.loaders.beton.reader import BetonSource
-from fastsimclr.loaders.cut import as_cut, cut
+from fastsimclr.loaders.cut import cut
 from fastsimclr.loaders.draw import Policy
 from fastsimclr.loaders.sets.basic import Relabelled, Subset
 from fastsimclr.loaders.source import DataError, Source
@@ -70,7 +70,7 @@ def ffcv_batches(job: Job) -> Generator[Batch]:
                     cuts.numpy()[view] = pixels
             for k in np.flatnonzero(~found.plain).tolist():
                 _cut_natively(job, found, k, params.crop.view(crops.views, n, 4)[:, k].tolist(), cuts.numpy())
-            yield found.batch(job, cuts, as_cut(params, side))
+            yield found.batch(job, cuts, params)
     finally:
         given.close()
 
@@ -78,7 +78,9 @@ def ffcv_batches(job: Job) -> Generator[Batch]:
 def _cut_natively(job: Job, found: Screened, k: int, boxes: list[list[int]], cuts: Pixels) -> None:
     owner = int(found.owners[k])
     if (pixels := job.reader.read(owner)) is None:
-        raise DataError(f"{job.reader.bad[owner]}; it was sound at its first visit, so the file changed meanwhile")
+        raise DataError(
+            f"{job.reader.damage.bad[owner]}; it was sound at its first visit, so the file changed meanwhile"
+        )
     for view, (top, left, height, width) in enumerate(boxes):
         cut(pixels, (top, left, height, width), cuts[view, k])
 

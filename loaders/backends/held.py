@@ -7,9 +7,8 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastsimclr.loaders.ahead import ahead
 from fastsimclr.loaders.backends.sharded import Peers
 from fastsimclr.loaders.faults import Reader
 from fastsimclr.loaders.shards.cache import GIB
@@ -152,28 +152,23 @@ def decode_into(
     """
     sizes = torch.zeros((len(part), 2), dtype=torch.int32)
     offsets = torch.zeros(len(part), dtype=torch.int64)
-    starts = deque(range(0, len(part), CHUNK))
-    running: deque[tuple[int, Future[list[Pixels | None]]]] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="resident")
 
     def decode(start: int) -> list[Pixels | None]:
         return [reader.read(index) for index in part[start : start + CHUNK]]
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="resident") as pool:
-        try:
-            while starts or running:
-                while starts and len(running) < 2 * threads:
-                    running.append((starts[0], pool.submit(decode, starts.popleft())))
-                start, future = running.popleft()
-                pixels = future.result()
-                sound = [k for k, found in enumerate(pixels, start) if found is not None]
-                readable = [found for found in pixels if found is not None]
-                if readable:
-                    sizes[sound] = torch.tensor([found.shape[:2] for found in readable], dtype=torch.int32)
-                    offsets[sound] = torch.tensor(room.put(readable))
-                if progress:
-                    progress(start + len(pixels), len(part))
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    done = 0
+    with ahead(pool, (pool.submit(decode, k) for k in range(0, len(part), CHUNK)), 2 * threads - 1) as chunks:
+        for chunk in chunks:
+            pixels = chunk.result()
+            sound = [k for k, found in enumerate(pixels, done) if found is not None]
+            readable = [found for found in pixels if found is not None]
+            if readable:
+                sizes[sound] = torch.tensor([found.shape[:2] for found in readable], dtype=torch.int32)
+                offsets[sound] = torch.tensor(room.put(readable))
+            done += len(pixels)
+            if progress:
+                progress(done, len(part))
     return sizes, offsets
 
 

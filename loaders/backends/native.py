@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from fastsimclr.loaders import turbo
+from fastsimclr.loaders.ahead import ahead, delayed
 from fastsimclr.loaders.batch import Batch, Ragged, offsets_of
 from fastsimclr.loaders.compiled import COMPILED
-from fastsimclr.loaders.cut import Crops, as_cut, copy_many, cut, cut_many
+from fastsimclr.loaders.cut import Crops, copy_many, cut, cut_many
 from fastsimclr.loaders.data import DataConfig
-from fastsimclr.loaders.decode import Encoded
-from fastsimclr.loaders.draw import ViewParams
+from fastsimclr.loaders.decode import Encoded, Header
 from fastsimclr.loaders.faults import Reader
-from fastsimclr.loaders.source import Source, mapped, spans
+from fastsimclr.loaders.source import Source
 
 Ints = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
@@ -43,9 +43,11 @@ class Job(Protocol):
     threads: int
     pin: bool
     stand_in: bool
+    rank: int
+    world: int
     config: DataConfig
 
-    def plan(self) -> Iterator[tuple[Ints, Ints]]: ...
+    def plan(self, rank: int | None = None) -> Iterator[tuple[Ints, Ints]]: ...
 
 
 class Buffers:
@@ -68,34 +70,27 @@ class Buffers:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A readable image before its decoding: its row in the batch, its id, its data where already read, its pixels."""
+    """A readable image before its decoding: its row in the batch, its id, its height and width.
+
+    data, header: as in Opened, where it is read already.
+    """
 
     row: int
     owner: int
-    data: Encoded | Pixels | None
     size: tuple[int, int]
+    data: Encoded | Pixels | None = None
+    header: Header | None = None
 
 
 def native_batches(job: Job) -> Generator[Batch]:
     """The batches of job.plan(), AHEAD of them in the making; threads end with the generator."""
     pool = ThreadPoolExecutor(job.threads, thread_name_prefix="decode")
     buffers = Buffers()
-    opening: deque[_Opening] = deque()
-    decoding: deque[_Decoding] = deque()
-    try:
-        for epochs, ids in job.plan():
-            opening.append(_Opening(job, pool, buffers, epochs, ids))
-            if len(opening) > 1:
-                decoding.append(_Decoding(opening.popleft()))
-            if len(decoding) > AHEAD and len(batch := decoding.popleft().finish()):
+    opening = delayed((_Opening(job, pool, buffers, epochs, ids) for epochs, ids in job.plan()), 1)
+    with ahead(pool, map(_Decoding, opening), AHEAD) as decodings:
+        for batch in map(_Decoding.finish, decodings):  # no name for a decoding: it would hold its memory
+            if len(batch):
                 yield batch
-        while opening or decoding:
-            if opening:
-                decoding.append(_Decoding(opening.popleft()))
-            if len(batch := decoding.popleft().finish()):
-                yield batch
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def chunks(pool: ThreadPoolExecutor, job: Job, n: int, task: Callable[[int, int], list[T]]) -> list[Future[list[T]]]:
@@ -109,21 +104,21 @@ class _Opening:
 
     def __init__(self, job: Job, pool: ThreadPoolExecutor, buffers: Buffers, epochs: Ints, ids: Ints) -> None:
         self.job, self.pool, self.buffers, self.epochs, self.ids = job, pool, buffers, epochs, ids
-        self._sizes = getattr(job.source, "pixel_sizes", None)
+        self._sizes = job.source.pixel_sizes
         self._tasks = [] if self._sizes is not None else chunks(pool, job, len(ids), self._open)
 
     def heads(self) -> list[Head]:
         """One for each row; in evaluation none for a row whose image is damaged."""
         if self._sizes is None:
             return [head for task in self._tasks for head in task.result()]
-        heads, bad = list[Head](), self.job.reader.bad
+        heads, damage = list[Head](), self.job.reader.damage
         for row, (owner, (height, width)) in enumerate(
             zip(self.ids.tolist(), self._sizes[self.ids].tolist(), strict=True)
         ):
-            if owner in bad:  # another stands in, or the row falls away
+            if owner in damage:  # another stands in, or the row falls away
                 heads += self._open(row, row + 1)
             else:
-                heads.append(Head(row=row, owner=owner, data=None, size=(height, width)))
+                heads.append(Head(row=row, owner=owner, size=(height, width)))
         return heads
 
     def _open(self, start: int, stop: int) -> list[Head]:
@@ -132,7 +127,7 @@ class _Opening:
             owner = int(self.ids[row])
             found = self.job.reader.open_next(owner) if self.job.stand_in else self.job.reader.open(owner)
             if found is not None:
-                heads.append(Head(row=row, owner=found.index, data=found.data, size=found.size))
+                heads.append(Head(row=row, owner=found.index, size=found.size, data=found.data, header=found.header))
         return heads
 
 
@@ -159,7 +154,7 @@ class _Decoding:
             self._buffer = opening.buffers.take(total, self._job.pin)
             self._flat, self._places = self._buffer.numpy(), self._offsets.numpy()
             self._starts = [*self._offsets.tolist(), total]
-        self._mapped = mapped(self._job.source, self._owners)
+        self._mapped = self._job.source.mapped(self._owners)
         self._tasks = chunks(opening.pool, self._job, n, self._decode)
 
     def finish(self) -> Batch:
@@ -177,37 +172,24 @@ class _Decoding:
         if damaged and self._job.pin and not self._buffer.is_pinned():
             self._buffer = self._buffer.pin_memory()
         kept = np.setdiff1d(np.arange(len(self._ids)), () if self._job.stand_in else damaged)
-        params = self._kept_params(kept)
+        ids, epochs, sizes = self._ids[kept], self._epochs[kept], self._sizes[kept]
+        labels = self._job.source.labels[self._owners[kept]]
+        if self._job.crops is not None:
+            params, cuts = self._params, self._buffer
+            if params is None or len(kept) != len(self._ids):
+                params, cuts = self._job.crops.draw(epochs, ids, sizes), cuts[:, torch.from_numpy(kept)]
+            pin = self._job.pin
+            return Batch.of_crops(cuts, params, ids=ids, epochs=epochs, labels=labels, sizes=sizes, pin=pin)
+        every = torch.from_numpy(self._sizes)
+        images = Ragged(buffer=self._buffer, offsets=self._offsets, heights=every[:, 0], widths=every[:, 1])
+        images = images.select(torch.from_numpy(kept))
         return Batch(
-            images=self._images(kept),
-            ids=torch.from_numpy(self._ids[kept]),
-            epochs=torch.from_numpy(self._epochs[kept]),
-            labels=torch.from_numpy(self._job.source.labels[self._owners[kept]]),
-            sizes=torch.from_numpy(self._sizes[kept]),
-            params=params,
+            images=images.pinned() if self._job.pin else images,
+            ids=torch.from_numpy(ids),
+            epochs=torch.from_numpy(epochs),
+            labels=torch.from_numpy(labels),
+            sizes=torch.from_numpy(sizes),
         )
-
-    def _kept_params(self, kept: Ints) -> ViewParams | None:
-        if self._params is None or self._job.crops is None:
-            return None
-        crops = self._job.crops
-        if len(kept) != len(self._ids):
-            self._params = crops.draw(self._epochs[kept], self._ids[kept], self._sizes[kept])
-        return as_cut(self._params, crops.policy.size)
-
-    def _images(self, kept: Ints) -> Ragged:
-        if self._job.crops is None:
-            sizes = torch.from_numpy(self._sizes)
-            images = Ragged(buffer=self._buffer, offsets=self._offsets, heights=sizes[:, 0], widths=sizes[:, 1])
-            index = torch.from_numpy(kept)
-            images = images.select(index)
-        else:
-            views, n, side = self._buffer.shape[:3]
-            place = torch.arange(views * n).view(views, n)[:, torch.from_numpy(kept)].flatten()
-            sides = torch.full((len(place),), side, dtype=torch.int32)
-            offsets = place * (3 * side * side)
-            images = Ragged(buffer=self._buffer.view(-1), offsets=offsets, heights=sides, widths=sides)
-        return images.pinned() if self._job.pin else images
 
     def _decode(self, start: int, stop: int) -> list[int]:
         """Decodes rows start .. stop - 1 of those kept; the rows whose images turned out damaged."""
@@ -215,7 +197,7 @@ class _Decoding:
         for k in self._left(start, stop):
             head = self._heads[k]
             room = None if self._job.crops else self._flat[self._starts[k] : self._starts[k + 1]]
-            pixels = self._job.reader.decode(head.owner, head.data, head.size, room)
+            pixels = self._job.reader.decode(head.owner, head.data, head.size, room, head.header)
             if pixels is None:
                 damaged.append(k)
             elif self._job.crops is not None:
@@ -248,7 +230,7 @@ class _Decoding:
         return range(rows.start, rows.stop)
 
     def _files(self, rows: slice) -> turbo.Spans | list[bytes] | None:
-        if (found := spans(self._job.source, self._owners[rows])) is not None:
+        if (found := self._job.source.spans(self._owners[rows])) is not None:
             return found
         data = [head.data for head in self._heads[rows] if isinstance(head.data, bytes)]
         return data if len(data) == rows.stop - rows.start else None

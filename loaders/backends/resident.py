@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +22,12 @@ from torch import Tensor
 
 from fastsimclr.loaders.backends.decoded import cut_batches
 from fastsimclr.loaders.backends.held import DeviceRoom, HostRoom, Room, decode_into, free_bytes
+from fastsimclr.loaders.backends.native import Job
 from fastsimclr.loaders.backends.sharded import Alone, Peers, Shards
 from fastsimclr.loaders.batch import Batch, Ragged
-from fastsimclr.loaders.cut import Crops
 from fastsimclr.loaders.data import DataConfig
-from fastsimclr.loaders.decode import image_size
-from fastsimclr.loaders.faults import Reader, too_many_damaged
+from fastsimclr.loaders.decode import read_header
+from fastsimclr.loaders.faults import Damage, Reader
 from fastsimclr.loaders.shards.cache import GIB
 from fastsimclr.loaders.source import DataError, Source
 
@@ -48,22 +47,10 @@ def thread_count(asked: int) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Job(Protocol):
-    """What is read of a loader (fastsimclr.loaders.loader.Loader): `rank` of `world`, and the plan of each rank."""
-
-    stand_in: bool
-    rank: int
-    world: int
-    crops: Crops | None
-    threads: int
-
-    def plan_of(self, rank: int) -> Iterator[tuple[Ints, Ints]]: ...
-
-
 class Resident:
     """The n images of `source` decoded, with their sizes and labels on the host.
 
-    A damaged image has the pixels, size and label of the next readable one. bad: {id: reason}, of all ranks.
+    A damaged image has the pixels, size and label of the next readable one. damage: of all ranks.
     images: n rows on the device; of a sharded set the offsets are into the parts that `shards` knows, of which the
     buffer is this rank's. sizes: int32 [n, 2]. labels: int64 [n]. readable: bool [n], numpy.
     """
@@ -74,17 +61,17 @@ class Resident:
         images: Ragged,
         sizes: Tensor,
         labels: Tensor,
-        bad: dict[int, str],
+        damage: Damage,
         shards: Shards | None = None,
     ) -> None:
         self.source = source
         self.images = images
         self.sizes = sizes
         self.labels = labels
-        self.bad = bad
+        self.damage = damage
         self.shards = shards
         self.readable = np.ones(len(source), dtype=bool)
-        self.readable[list(bad)] = False
+        self.readable[list(damage.bad)] = False
 
     @property
     def cuts(self) -> bool:
@@ -98,18 +85,18 @@ class Resident:
         same; the next batch is then on its way while one is in use.
         """
         if self.shards is None and job.crops is not None:
-            plans = (self._kept(plan, job.stand_in) for plan in job.plan_of(job.rank))
+            plans = (self._kept(plan, job.stand_in) for plan in job.plan())
             where = self.images.buffer.numpy(), self.images.offsets.numpy(), self.sizes.numpy(), self.labels.numpy()
             yield from cut_batches((plan for plan in plans if len(plan[1])), job.crops, *where, job.threads)
             return
         if self.shards is None:
-            for plan in job.plan_of(job.rank):
+            for plan in job.plan():
                 epochs, ids = self._kept(plan, job.stand_in)
                 if len(ids):
                     yield self._batch(epochs, ids, self._select(ids))
             return
         peers = self.shards.peers
-        parts_of = [job.plan_of(rank % job.world) for rank in range(peers.world)]
+        parts_of = [job.plan(rank % job.world) for rank in range(peers.world)]
         coming: Callable[[], Batch] | None = None
         for parts in zip_longest(*parts_of, fillvalue=_NONE):
             kept = [self._kept(part, job.stand_in) for part in parts]
@@ -174,8 +161,9 @@ class Place:
         share = self.expected if self.parts == 1 else int(HEADROOM * self.expected) // self.parts
         room: Room = self.room or DeviceRoom(self.device, share)
         part = rank % self.parts
-        tables, bad = self._decoded(room, range(bounds[part], bounds[part + 1]), progress)
-        owners = _stand_ins(n, bad)
+        damage = Damage(self.source.name, n, self.config.max_bad_fraction)
+        tables = self._decoded(room, range(bounds[part], bounds[part + 1]), damage, progress)
+        owners = _stand_ins(n, damage.bad)
         sizes = torch.cat([sizes for sizes, _ in tables])[owners]
         offsets = torch.cat([offsets for _, offsets in tables])[owners]
         labels = torch.tensor(self.source.labels)[owners]
@@ -192,27 +180,25 @@ class Place:
                 heights=heights.long().numpy(),
                 widths=widths.long().numpy(),
             )
-        return Resident(self.source, images, sizes, labels, bad, shards)
+        return Resident(self.source, images, sizes, labels, damage, shards)
 
     def _decoded(
-        self, room: Room, part: range, progress: Callable[[int, int], None] | None
-    ) -> tuple[list[tuple[Tensor, Tensor]], dict[int, str]]:
-        """(sizes, offsets) of each of the ranks that decode together, and what is damaged on any rank."""
-        reader = Reader(self.source, self.config.max_bad_fraction, self.config.max_pixels)
+        self, room: Room, part: range, damage: Damage, progress: Callable[[int, int], None] | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(sizes, offsets) of each of the ranks that decode together; what is damaged on any rank goes to `damage`."""
+        reader = Reader(self.source, damage, self.config.max_pixels)
         mine: tuple[Tensor, Tensor] | None = None
         failure: Exception | None = None
         threads = thread_count(self.config.threads)
         if self.peers.world == 1:
-            return [decode_into(room, reader, part, threads, progress)], reader.bad
+            return [decode_into(room, reader, part, threads, progress)]
         try:
             mine = decode_into(room, reader, part, threads, progress)
         except Exception as error:  # raised below: the others wait for this rank, and are to hear of it
             failure = error
         told = mine if self.parts > 1 else None  # where each holds all, its own table does
-        said = self.peers.gather((told, reader.bad, None if failure is None else str(failure)))
-        bad = {index: reason for _, some, _ in said for index, reason in some.items()}
-        if len(bad) > self.config.max_bad_fraction * len(self.source):
-            raise too_many_damaged(self.source.name, len(self.source), bad, self.config.max_bad_fraction)
+        said = self.peers.gather((told, damage.bad, None if failure is None else str(failure)))
+        damage.merge(*(bad for _, bad, _ in said))
         if failure is not None:
             raise failure
         for rank, (_, _, text) in enumerate(said):
@@ -220,9 +206,9 @@ class Place:
                 raise DataError(f"rank {rank}, while decoding {self.source.name}: {text}")
         if self.parts == 1:
             assert mine is not None  # or there is a failure
-            return [mine], bad
+            return [mine]
         first = self.peers.rank - self.peers.rank % self.parts
-        return [table for table, _, _ in said[first : first + self.parts] if table is not None], bad
+        return [table for table, _, _ in said[first : first + self.parts] if table is not None]
 
 
 def _stand_ins(n: int, bad: dict[int, str]) -> Tensor:
@@ -231,20 +217,6 @@ def _stand_ins(n: int, bad: dict[int, str]) -> Tensor:
     for index in 2 * sorted(bad, reverse=True):  # from the end, and twice, for a run that goes past the end
         owners[index] = owners[(index + 1) % n]
     return owners
-
-
-def hold(
-    source: Source,
-    config: DataConfig,
-    device: torch.device,
-    progress: Callable[[int, int], None] | None = None,
-    peers: Peers = ALONE,
-) -> Resident | None:
-    """`source` decoded on `device`, or None where config.loader is "auto" and it does not fit, or one that reads.
-
-    Every rank of `peers` calls it. progress and errors: as `choose_place` and `Place.fill`.
-    """
-    return choose_place(source, config, device, peers).fill(progress)
 
 
 def choose_place(source: Source, config: DataConfig, device: torch.device, peers: Peers = ALONE) -> Place:
@@ -272,7 +244,7 @@ def choose_place(source: Source, config: DataConfig, device: torch.device, peers
     if not len(source):
         return place(0, "native: no image to hold")
     # Shards that do not fit their cache are not fetched to learn their images' sizes.
-    needed = _estimate(source, config.max_pixels) if getattr(source, "whole_fits", True) else 2**63
+    needed = _estimate(source, config.max_pixels) if source.whole_fits else 2**63
     answers = peers.gather((needed, free_bytes(device)))
     needed = max(answer[0] for answer in answers)
     limit = int(config.resident_gib * GIB) or min(answer[1] for answer in answers) // 2
@@ -323,7 +295,7 @@ def _amount(count: int) -> str:
 def _estimate(source: Source, max_pixels: int) -> int:
     """Bytes of all images decoded, from the sizes of up to 256 spread over the source; exact where those are all."""
     n = len(source)
-    if (sizes := getattr(source, "pixel_sizes", None)) is not None:
+    if (sizes := source.pixel_sizes) is not None:
         return 3 * int(sizes.prod(axis=1, dtype=np.int64).sum())
     ids = np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64))
     areas = [area for index in ids if (area := _area(source, int(index), max_pixels))]
@@ -337,7 +309,7 @@ def _area(source: Source, index: int, max_pixels: int) -> int:
     """Pixels of an image; 0 where it is damaged, which the decoding will count."""
     try:
         data = source.read(index)
-        size = data.shape[:2] if isinstance(data, np.ndarray) else image_size(data, "", max_pixels)
+        size = data.shape[:2] if isinstance(data, np.ndarray) else read_header(data, "", max_pixels).size
     except (DataError, OSError):
         return 0
     return int(size[0]) * int(size[1])

@@ -1,28 +1,27 @@
 """Strict decoding in front of backends that are less strict: what it refuses never reaches them.
 
 Each image is decoded strictly at its first visit; of a source that says it is `verified` (a packed file with checksums)
-it is only read. The verdict and the size are kept as long as the source is, for every loader of it.
+it is only read. That it is sound, and its size, are kept as long as the source is, for every loader of it.
 """
 
 # N images of a batch, V views, S side, n images of a source
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
+from fastsimclr.loaders.ahead import ahead
 from fastsimclr.loaders.backends.native import AHEAD, Ints, Job, Pixels, chunks
-from fastsimclr.loaders.batch import Batch, Ragged
+from fastsimclr.loaders.batch import Batch
 from fastsimclr.loaders.cut import Crops
-from fastsimclr.loaders.decode import MAX_PIXELS, Encoded, is_plain_jpeg
+from fastsimclr.loaders.decode import MAX_PIXELS, Encoded
 from fastsimclr.loaders.draw import ViewParams
 from fastsimclr.loaders.source import Source
 
@@ -34,13 +33,12 @@ class Known:
     """What is known of the n images of a source, under one limit of pixels.
 
     sizes: int32 [n, 2], height and width, 0 where not yet visited. plain: bool [n], a JPEG that every decoder reads
-    alike, or pixels. bad: {id: reason}.
+    alike, or pixels.
     """
 
     max_pixels: int
     sizes: Sizes
     plain: npt.NDArray[np.bool_]
-    bad: dict[int, str] = field(default_factory=dict)
 
 
 _KNOWN: WeakKeyDictionary[Source, Known] = WeakKeyDictionary()
@@ -75,19 +73,9 @@ class Screened:
 
     def batch(self, job: Job, cuts_VNSS3: Tensor, params: ViewParams) -> Batch:
         """The batch of finished crops (uint8 [V, N, S, S, 3], contiguous, on any device) with their parameters."""
-        views, n, side = cuts_VNSS3.shape[:3]
-        place = cuts_VNSS3.device
-        sides = torch.full((views * n,), side, dtype=torch.int32, device=place)
-        offsets = torch.arange(views * n, device=place) * (3 * side * side)
-        images = Ragged(buffer=cuts_VNSS3.view(-1), offsets=offsets, heights=sides, widths=sides)
-        return Batch(
-            images=images.pinned() if job.pin and place.type == "cpu" else images,
-            ids=torch.from_numpy(self.ids),
-            epochs=torch.from_numpy(self.epochs),
-            labels=torch.from_numpy(job.source.labels[self.owners]),
-            sizes=torch.from_numpy(self.sizes),
-            params=params,
-        )
+        labels = job.source.labels[self.owners]
+        ids, epochs, sizes = self.ids, self.epochs, self.sizes
+        return Batch.of_crops(cuts_VNSS3, params, ids=ids, epochs=epochs, labels=labels, sizes=sizes, pin=job.pin)
 
 
 def screened(job: Job, *, data: bool) -> Generator[Screened]:
@@ -96,17 +84,11 @@ def screened(job: Job, *, data: bool) -> Generator[Screened]:
     data: whether the files are wanted. Damaged images are replaced or left out; batches with nothing left are skipped.
     """
     pool = ThreadPoolExecutor(job.threads, thread_name_prefix="decode")
-    screen, looking = _Screen(job, data), deque[_Look]()
-    try:
-        for epochs, ids in job.plan():
-            looking.append(_Look(screen, pool, epochs, ids))
-            if len(looking) > AHEAD and len((found := looking.popleft().found()).ids):
+    screen = _Screen(job, data)
+    with ahead(pool, (_Look(screen, pool, epochs, ids) for epochs, ids in job.plan()), AHEAD) as looks:
+        for found in map(_Look.found, looks):
+            if len(found.ids):
                 yield found
-        while looking:
-            if len((found := looking.popleft().found()).ids):
-                yield found
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def largest_batch(job: Job) -> int:
@@ -120,10 +102,8 @@ class _Screen:
     def __init__(self, job: Job, keep: bool) -> None:
         self.job, self.keep = job, keep
         self.known = _known(job.source, job.reader.max_pixels)
-        self._verified = bool(getattr(job.source, "verified", False))
-        self._table: Sizes | None = getattr(job.source, "pixel_sizes", None)
-        for index, reason in self.known.bad.items():
-            job.reader.bad.setdefault(index, reason)
+        self._verified = job.source.verified
+        self._table = job.source.pixel_sizes
 
     def look(self, row: int, index: int) -> tuple[int, int, Encoded | Pixels | None] | None:
         """(row, id of the image to show, its data if wanted) for image `index`; None where it is to be left out."""
@@ -133,13 +113,13 @@ class _Screen:
             if (sound := self._open(owner)) is not None:
                 return row, owner, sound[0]
         if self.job.stand_in:
-            raise self.job.reader.too_many()
+            raise self.job.reader.damage.too_many()
         return None
 
     def _open(self, index: int) -> tuple[Encoded | Pixels | None] | None:
         """(its data if wanted,) of a sound image; None for a damaged one."""
         reader, known = self.job.reader, self.known
-        if index in reader.bad:
+        if index in reader.damage:
             return None
         visited = known.sizes[index, 0] > 0
         if visited and not self.keep:
@@ -147,17 +127,13 @@ class _Screen:
         found = reader.open(index)
         if found is not None and not visited:
             size = found.size if self._table is None else self._table[index].tolist()
-            pixels = isinstance(found.data, np.ndarray)
-            if not pixels and not self._verified and reader.decode(index, found.data, size) is None:
-                found = None
-            else:
-                few = found.size[0] * found.size[1] <= MAX_PIXELS  # Pillow has a limit of its own
-                known.plain[index] = isinstance(found.data, np.ndarray) or (few and is_plain_jpeg(found.data))
-                known.sizes[index] = found.size
-        if found is None:
-            known.bad[index] = reader.bad[index]
-            return None
-        return (found.data if self.keep else None,)
+            header = found.header
+            if header and not self._verified and reader.decode(index, found.data, size, None, header) is None:
+                return None
+            few = found.size[0] * found.size[1] <= MAX_PIXELS  # Pillow has a limit of its own
+            known.plain[index] = header is None or (few and header.plain)
+            known.sizes[index] = found.size
+        return None if found is None else (found.data if self.keep else None,)
 
 
 class _Look:

@@ -12,7 +12,6 @@ import torch
 from fastsimclr.loaders.backends.native import Job
 from fastsimclr.loaders.backends.screen import Screened
 from fastsimclr.loaders.batch import Batch, Ragged
-from fastsimclr.loaders.cut import as_cut
 
 
 def synthetic_batches(job: Job) -> Generator[Batch]:
@@ -33,7 +32,7 @@ def synthetic_batches(job: Job) -> Generator[Batch]:
         if job.crops is not None:
             size = job.crops.policy.size
             cuts = noise[:needed].view(job.crops.views, n, size, size, 3)
-            yield found.batch(job, cuts, as_cut(found.draw(job.crops), size))
+            yield found.batch(job, cuts, found.draw(job.crops))
             continue
         sides = torch.full((n,), side, dtype=torch.int32)
         images = Ragged(

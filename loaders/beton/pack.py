@@ -11,13 +11,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastsimclr.loaders.ahead import ahead
 from fastsimclr.loaders.beton.journal import Journal
 from fastsimclr.loaders.beton.lossless import describe
 from fastsimclr.loaders.beton.origins import image_names
@@ -147,19 +148,11 @@ def _converted(
         ids = range(start, min(start + CHUNK, len(source)))
         return [_stored(source, index, names[index], packing.recoding) for index in ids]
 
-    running: deque[tuple[int, Future[list[Stored | DataError]]]] = deque()
-    with ThreadPoolExecutor(packing.threads, thread_name_prefix="pack") as pool:
-        try:
-            for start in range(first, len(source), CHUNK):
-                running.append((start, pool.submit(convert, start)))
-                if len(running) > 2 * packing.threads:
-                    start, future = running.popleft()
-                    yield from enumerate(future.result(), start)
-            while running:
-                start, future = running.popleft()
-                yield from enumerate(future.result(), start)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    pool = ThreadPoolExecutor(packing.threads, thread_name_prefix="pack")
+    begun = ((start, pool.submit(convert, start)) for start in range(first, len(source), CHUNK))
+    with ahead(pool, begun, 2 * packing.threads) as chunks:
+        for start, chunk in chunks:
+            yield from enumerate(chunk.result(), start)
 
 
 def _stored(source: Source, index: int, name: str, recoding: Recoding) -> Stored | DataError:

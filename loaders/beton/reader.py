@@ -19,7 +19,7 @@ from fastsimclr.loaders.beton.sidecar import Sidecar, read_sidecar, sidecar_path
 from fastsimclr.loaders.beton.tables import REMEDY, read_tables
 from fastsimclr.loaders.scratch import Scratch
 from fastsimclr.loaders.sets.lists import some
-from fastsimclr.loaders.source import DataError, digest
+from fastsimclr.loaders.source import DataError, Source, digest
 from fastsimclr.loaders.turbo import Spans
 
 Ints = npt.NDArray[np.int64]
@@ -39,8 +39,8 @@ class _Handle:
             os.close(self.number)
 
 
-class BetonSource:
-    """The images of a .beton file. Implements `Source`; copies, threads and ranks share the page cache, not memory.
+class BetonSource(Source):
+    """The images of a .beton file. Copies, threads and ranks share the page cache, not memory.
 
     Names, class names and checksums come from the sidecar, FILE.beton.json, where there is one. Without it (FFCV's own
     files) the classes are "0", "1", ... and an image is called FILE[12]. A label below 0 is none.
@@ -49,6 +49,8 @@ class BetonSource:
     blocks: int64 [pages + 1], the bounds of the ids in each page, where they lie in the order of the ids; else None.
     Raises DataError for a file that is not a whole and consistent .beton, and for a sidecar of another file.
     """
+
+    pixel_sizes: npt.NDArray[np.int32]
 
     def __init__(self, path: Path, sidecar: Path | None = None) -> None:
         self.path = Path(path)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from fastsimclr.loaders.ahead import ahead
 from fastsimclr.loaders.beton.reader import BetonSource
 from fastsimclr.loaders.decode import decode
 from fastsimclr.loaders.source import DataError
@@ -24,19 +24,16 @@ def damaged_blobs(
     Without a sidecar there are no checksums, and only decoding tells. tick: called every 64 images; what it raises ends
     the check.
     """
-    running: deque[Future[list[tuple[int, str]]]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
-        try:
-            for start in range(0, len(source), CHUNK):
-                ids = range(start, min(start + CHUNK, len(source)))
-                tick()
-                running.append(pool.submit(_check, source, ids, decoding))
-                if len(running) > 2 * threads:
-                    yield from running.popleft().result()
-            while running:
-                yield from running.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="verify")
+
+    def begun() -> Iterator[Future[list[tuple[int, str]]]]:
+        for start in range(0, len(source), CHUNK):
+            tick()
+            yield pool.submit(_check, source, range(start, min(start + CHUNK, len(source))), decoding)
+
+    with ahead(pool, begun(), 2 * threads) as checks:
+        for check in checks:
+            yield from check.result()
 
 
 def _check(source: BetonSource, ids: range, decoding: bool) -> list[tuple[int, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,12 @@ import numpy.typing as npt
 
 from fastsimclr.loaders.order import subset_blocks
 from fastsimclr.loaders.philox import philox4x32
-from fastsimclr.loaders.source import DataError, Source, borrower, digest, mapped, spans
+from fastsimclr.loaders.source import DataError, Source, digest
 from fastsimclr.loaders.turbo import Spans
 
 Ints = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
-
-
-# What some sources know beyond `Source`; see those for what each means.
-_OPTIONAL = ("pixel_sizes", "blocks", "verified", "whole_fits", "expect", "borrow", "spans", "mapped")
+Sizes = npt.NDArray[np.int32]
 
 
 def _frozen(values: npt.ArrayLike) -> Ints:
@@ -29,8 +26,8 @@ def _frozen(values: npt.ArrayLike) -> Ints:
     return array
 
 
-class FileSource:
-    """n encoded files under `root`. names: paths relative to root, with forward slashes. Implements `Source`.
+class FileSource(Source):
+    """n encoded files under `root`. names: paths relative to root, with forward slashes.
 
     sizes: int64 [n], bytes; they enter the fingerprint, so that a replaced file is noticed.
     """
@@ -67,8 +64,8 @@ class FileSource:
         return str(self.root / self.names[index])
 
 
-class ArraySource:
-    """n decoded images in memory: pixels uint8 [n, H, W, 3], of any strides. Implements `Source`."""
+class ArraySource(Source):
+    """n decoded images in memory: pixels uint8 [n, H, W, 3], of any strides."""
 
     def __init__(self, name: str, pixels: Pixels, labels: npt.ArrayLike, classes: Sequence[str]) -> None:
         self.name = name
@@ -93,8 +90,8 @@ class ArraySource:
         return f"{self.name}[{index}]"
 
 
-class SyntheticSource:
-    """n square images of noise with labels 0..k-1 in turn, for benches: costs no decoding. Implements `Source`."""
+class SyntheticSource(Source):
+    """n square images of noise with labels 0..k-1 in turn, for benches: costs no decoding."""
 
     def __init__(self, n: int, size: int, classes: int) -> None:
         self.name = "synthetic"
@@ -122,8 +119,8 @@ class SyntheticSource:
         return f"synthetic[{index}]"
 
 
-class Subset:
-    """The images of `source` at `indices` (int64 [n]), in that order. Implements `Source`."""
+class Subset(Source):
+    """The images of `source` at `indices` (int64 [n]), in that order."""
 
     def __init__(self, source: Source, indices: npt.ArrayLike, name: str | None = None) -> None:
         chosen = _frozen(indices)
@@ -133,33 +130,6 @@ class Subset:
         self.classes = self.base.classes
         self.labels = _frozen(self.base.labels[self.indices])
 
-    @cached_property
-    def pixel_sizes(self) -> npt.NDArray[np.int32] | None:
-        """int32 [n, 2], height and width, where the base knows them."""
-        sizes = getattr(self.base, "pixel_sizes", None)
-        return None if sizes is None else sizes[self.indices]
-
-    @cached_property
-    def blocks(self) -> Ints | None:
-        """The bounds of the base's blocks among these images, where it has blocks and they are in its order."""
-        blocks = getattr(self.base, "blocks", None)
-        return None if blocks is None else subset_blocks(blocks, self.indices)
-
-    @property
-    def verified(self) -> bool:
-        """Whether every image is known to decode."""
-        return bool(getattr(self.base, "verified", False))
-
-    @property
-    def whole_fits(self) -> bool:
-        """Whether all of the base can be at hand at once."""
-        return bool(getattr(self.base, "whole_fits", True))
-
-    def expect(self, ids: npt.ArrayLike) -> None:
-        """Tell a base that fetches ahead which images come next."""
-        if expect := getattr(self.base, "expect", None):
-            expect(self.indices[np.asarray(ids, dtype=np.int64)])
-
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -167,42 +137,50 @@ class Subset:
     def fingerprint(self) -> str:
         return digest(self.base.fingerprint.encode(), self.indices.tobytes())
 
-    def read(self, index: int) -> bytes | Pixels:
-        return self.base.read(int(self.indices[index]))
-
-    def borrow(self, index: int) -> bytes | memoryview | Pixels:
-        """`read`, but perhaps into memory that the thread's next call overwrites."""
-        return self._borrow(int(self.indices[index]))
-
-    def spans(self, ids: npt.ArrayLike) -> Spans | None:
-        """Where the JPEGs `ids` lie in an open file, where the base has such."""
-        return spans(self.base, self.indices[np.asarray(ids, dtype=np.int64)])
-
-    def mapped(self, ids: npt.ArrayLike) -> tuple[Pixels, Ints] | None:
-        """The memory in which the base has the pixels `ids` decoded, and where, where it has all of them so."""
-        return mapped(self.base, self.indices[np.asarray(ids, dtype=np.int64)])
+    @cached_property
+    def pixel_sizes(self) -> Sizes | None:
+        return None if self.base.pixel_sizes is None else self.base.pixel_sizes[self.indices]
 
     @cached_property
-    def _borrow(self) -> Callable[[int], bytes | memoryview | Pixels]:
-        return borrower(self.base)
+    def blocks(self) -> Ints | None:
+        """The bounds of the base's blocks among these images, where they are in its order."""
+        return None if self.base.blocks is None else subset_blocks(self.base.blocks, self.indices)
+
+    @cached_property
+    def verified(self) -> bool:
+        return self.base.verified
+
+    @cached_property
+    def whole_fits(self) -> bool:
+        return self.base.whole_fits
+
+    def read(self, index: int) -> bytes | Pixels:
+        return self.base.read(int(self.indices[index]))
 
     def describe(self, index: int) -> str:
         return self.base.describe(int(self.indices[index]))
 
+    def expect(self, ids: npt.ArrayLike) -> None:
+        self.base.expect(self.indices[np.asarray(ids, dtype=np.int64)])
 
-class Relabelled:
-    """The images of `source` with other labels, int64 [n], -1 for none. Implements `Source`."""
+    def borrow(self, index: int) -> bytes | memoryview | Pixels:
+        return self.base.borrow(int(self.indices[index]))
+
+    def spans(self, ids: npt.ArrayLike) -> Spans | None:
+        return self.base.spans(self.indices[np.asarray(ids, dtype=np.int64)])
+
+    def mapped(self, ids: npt.ArrayLike) -> tuple[Pixels, Ints] | None:
+        return self.base.mapped(self.indices[np.asarray(ids, dtype=np.int64)])
+
+
+class Relabelled(Source):
+    """The images of `source` with other labels, int64 [n], -1 for none."""
 
     def __init__(self, source: Source, labels: npt.ArrayLike) -> None:
         self.source = source
         self.name = source.name
         self.classes = source.classes
         self.labels = _frozen(labels)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _OPTIONAL:
-            return getattr(self.source, name)
-        raise AttributeError(name)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -211,11 +189,39 @@ class Relabelled:
     def fingerprint(self) -> str:
         return digest(self.source.fingerprint.encode(), self.labels.tobytes())
 
+    @cached_property
+    def pixel_sizes(self) -> Sizes | None:
+        return self.source.pixel_sizes
+
+    @cached_property
+    def blocks(self) -> Ints | None:
+        return self.source.blocks
+
+    @cached_property
+    def verified(self) -> bool:
+        return self.source.verified
+
+    @cached_property
+    def whole_fits(self) -> bool:
+        return self.source.whole_fits
+
     def read(self, index: int) -> bytes | Pixels:
         return self.source.read(index)
 
     def describe(self, index: int) -> str:
         return self.source.describe(index)
+
+    def expect(self, ids: npt.ArrayLike) -> None:
+        self.source.expect(ids)
+
+    def borrow(self, index: int) -> bytes | memoryview | Pixels:
+        return self.source.borrow(index)
+
+    def spans(self, ids: npt.ArrayLike) -> Spans | None:
+        return self.source.spans(ids)
+
+    def mapped(self, ids: npt.ArrayLike) -> tuple[Pixels, Ints] | None:
+        return self.source.mapped(ids)
 
 
 def digits() -> ArraySource:

@@ -17,8 +17,8 @@ from fastsimclr.loaders.source import DataError, Source
 _VAL = ("validation", "val", "valid", "test")
 
 
-class HuggingSource:
-    """One split. rows: a datasets.Dataset whose image column is not decoded. Implements `Source`."""
+class HuggingSource(Source):
+    """One split. rows: a datasets.Dataset whose image column is not decoded."""
 
     def __init__(self, name: str, rows: Any, column: str, labels: npt.ArrayLike, classes: Sequence[str]) -> None:
         self.name = name

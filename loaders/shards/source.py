@@ -32,8 +32,8 @@ LOG = logging.getLogger("fastsimclr")
 OPEN = 64  # local shards that stay open
 
 
-class ShardSource:
-    """The n images of S shards, in the order of the shards and of the images in them. Implements `Source`.
+class ShardSource(Source):
+    """The n images of S shards, in the order of the shards and of the images in them.
 
     blocks: int64 [S + 1], the first id of each shard and n at the end: for a quasi-random order.
     sizes: int64 [n], encoded bytes. whole_fits: whether all shards can be at hand at once (local ones,
@@ -77,12 +77,7 @@ class ShardSource:
             whole.update(array.tobytes())
         return whole.hexdigest()
 
-    @property
-    def encoded_bytes(self) -> int:
-        """Bytes of all images as they are stored; decoded they take more."""
-        return int(self.sizes.sum())
-
-    @property
+    @cached_property
     def whole_fits(self) -> bool:
         """Whether every shard can be at hand at the same time."""
         remote = sum(shard.size for shard in self.shards if shard.remote)

@@ -22,13 +22,15 @@ from PIL import Image, ImageDraw
 from fastsimclr.cli.dense import add_dense, run_dense
 from fastsimclr.dense.coco import Annotations, Boxes, read_coco
 from fastsimclr.dense.detect import DetectConfig, _Detection, average_precision, detect
-from fastsimclr.dense.fit import FitConfig, _report, fit, split
+from fastsimclr.dense.fit import fit
 from fastsimclr.dense.networks import Body, Segmenter, detector
 from fastsimclr.dense.segment import SegmentConfig, _Segmentation, confusion, read_pairs, scores, segment
+from fastsimclr.dense.task import FitConfig, Task, split
 from fastsimclr.deploy.origin import open_run
 from fastsimclr.deploy.weights import misfits
 from fastsimclr.loaders import DataError
 from fastsimclr.models import ModelConfig, build_encoder
+from fastsimclr.runs import checkpoint
 from fastsimclr.runs.stop import Stopped
 from fastsimclr.stages.networks import load_encoder
 
@@ -146,7 +148,7 @@ def test_segmentation_learns_what_it_also_finds_in_a_new_image(
 ) -> None:
     with monkeypatch.context() as patch:
         stop_after(patch, _Segmentation, 5)
-        with pytest.raises(Stopped, match="is of step 5 of 24"):
+        with pytest.raises(Stopped, match="segment: stopped at step 5 of 24, state saved in "):
             segment(segmentation(run, scenes, tmp_path))
     result = segment(segmentation(run, scenes, tmp_path, resume="auto"))
     assert result["data"] == {"images": 3, "val": 1, "classes": 3}
@@ -195,19 +197,21 @@ def test_encoders_that_torchvision_lacks_are_refused(make_run: MakeRun, scenes: 
         assert misfits(build_encoder(remedied, 32), replace(card, config=remedied), "torchvision") == ([], [])
 
 
-class Line:
+class Line(Task):
     """A task of a moment, whose loss draws from the global generator as torchvision's samplers of boxes do."""
 
     def __init__(self) -> None:
+        super().__init__()
         torch.manual_seed(0)
-        self.network, self.train = torch.nn.Linear(1, 1), range(7)
+        self.network, self.examples = torch.nn.Linear(1, 1), range(7)
 
     def item(self, index: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         x = index / 7 + torch.rand(1, generator=generator)
         return x, 2 * x
 
-    def loss(self, items: Sequence[Any]) -> torch.Tensor:
-        return torch.stack([(self.network(x) * torch.rand(()) - y) ** 2 for x, y in items]).mean()
+    def loss(self, images: Sequence[torch.Tensor], targets: Sequence[Any]) -> torch.Tensor:
+        pairs = zip(images, targets, strict=True)
+        return torch.stack([(self.network(x) * torch.rand(()) - y) ** 2 for x, y in pairs]).mean()
 
     def rate(self, step: int, total: int) -> float:
         return 1 - step / total
@@ -224,22 +228,24 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, monkeypa
         options = {"batch": 2, "epochs": 3, "device": "cpu"} | changes  # three steps an epoch
         return fit("line", Line(), FitConfig(run="", images="", out=str(tmp_path / out), **options))
 
-    whole, path = line("whole"), tmp_path / "parts" / "checkpoint.pt"
+    whole, saved = line("whole"), tmp_path / "parts" / "checkpoints"
     with monkeypatch.context() as patch:
         stop_after(patch, Line, 5)  # the middle of an epoch
-        with pytest.raises(Stopped, match="is of step 5 of 9") as stop:
+        with pytest.raises(Stopped, match="line: stopped at step 5 of 9") as stop:
             line("parts")
     assert stop.value.exit_code == 143 and not (tmp_path / "parts" / "result.json").exists()
     with pytest.raises(FileExistsError, match="--resume auto"):
         line("parts")
-    with pytest.raises(ValueError, match=r"--lr 0\.02 -> 0\.1"):
+    with pytest.raises(ValueError, match=r"made with lr=0\.02, this run has lr=0\.1"):
         line("parts", lr=0.1, resume="auto")
+    (path,) = saved.iterdir()
     state = torch.load(path, weights_only=True)
-    assert 0 < state["seconds"] < 1000
-    torch.save(state | {"seconds": 1000.0}, path)
+    assert 0 < state["trained_s"] < 1000
+    torch.save(state | {"trained_s": 1000.0}, path)
     parts = line("parts", resume="auto")
-    ends = [torch.load(tmp_path / out / "checkpoint.pt", weights_only=True) for out in ("whole", "parts")]
-    assert ends[0]["network"] == ends[1]["network"] and ends[0]["optimizer"] == ends[1]["optimizer"]
+    ends = [checkpoint.load(checkpoint.newest(tmp_path / out)) for out in ("whole", "parts")]
+    assert ends[0]["objective"] == ends[1]["objective"] and ends[0]["optimizer"] == ends[1]["optimizer"]
+    assert ends[0]["step"] == ends[1]["step"] == 9
     assert parts["training"] == whole["training"] and parts["metrics"] == whole["metrics"]
     assert 1000 < parts["seconds"] < 1100
     (tmp_path / "parts" / "result.json").unlink()  # as after a stop in the evaluation
@@ -247,16 +253,45 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, monkeypa
     assert line("more", workers=5)["training"] == whole["training"]
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(tmp_path: Path) -> None:
+    config = FitConfig(run="", images="", out=str(tmp_path), batch=2, epochs=3, device="cpu")
+    whole = fit("line", Line(), config)
+    (tmp_path / "result.json").unlink()
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.unlink()
+    assert fit("line", Line(), config)["training"] == whole["training"]
+
+
+def test_a_checkpoint_of_the_earlier_loop_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"step": 1, "settings": {}, "network": {}, "optimizer": {}, "seconds": 1.0, "loss": 1.0}, path)
+    for resume in ("never", "auto"):
+        with pytest.raises(checkpoint.CheckpointError, match=rf"{path} is of an earlier version.* another --out"):
+            fit("line", Line(), FitConfig(run="", images="", out=str(tmp_path), resume=resume))  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_checkpoints_of_another_command_are_left_alone(tmp_path: Path) -> None:
+    config = FitConfig(run="", images="", out=str(tmp_path), batch=2, epochs=1, device="cpu")
+    fit("line", Line(), config)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(FileExistsError, match=r"already holds step-00000003\.pt"):
+        fit("curve", Line(), config)
+    with pytest.raises(checkpoint.CheckpointError, match="made with stage='line', this run has stage='curve'"):
+        fit("curve", Line(), replace(config, resume="auto"))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("name", ["recipe.yaml", "checkpoints", "result.json"])
 def test_a_folder_of_another_command_is_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     for resume in ("never", "auto"):
-        with pytest.raises(FileExistsError, match=rf"holds {name}, but no checkpoint\.pt"):
+        with pytest.raises(FileExistsError, match=rf"holds {name}, but no checkpoint of line"):
             fit("line", Line(), FitConfig(run="", images="", out=str(tmp_path), resume=resume))  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_learning_rates_and_reports() -> None:
+def test_learning_rates() -> None:
     schedule = _Detection.__new__(_Detection)
     schedule._warmup = 50
     # Detectron2: from .001 of the rate to all of it; a tenth from step 60,000 of 90,000, a hundredth from 80,000.
@@ -265,8 +300,6 @@ def test_learning_rates_and_reports() -> None:
     assert schedule.rate(2, 30) == pytest.approx(0.001 + 0.999 * 2 / 3)  # a tenth of all steps at most
     poly = _Segmentation.__new__(_Segmentation)
     assert [poly.rate(step, 4) for step in (0, 2)] == pytest.approx([1, 0.5358867])
-    losses = [torch.tensor(1.0), torch.tensor(3.0)]
-    assert _report(losses, 2, 9) == 3 and losses == []
 
 
 def test_average_precision_and_overlap_by_hand() -> None:
@@ -374,6 +407,8 @@ def test_the_command_line(
     run_dense("segment", parser.parse_args([*words, *more]))
     assert f"result: {tmp_path / 'out' / 'result.json'}\n" in capsys.readouterr().out
     assert seen == [(3, 3, 32, 32), (1, 3, 64, 64)]  # a crop in training, the whole image in validation
+    with pytest.raises(checkpoint.CheckpointError, match=r"out is a run of segment, .*; give the run that it started"):
+        open_run(tmp_path / "out", "cpu", None)
     for name in ("detect", "segment"):
         parser = ArgumentParser(exit_on_error=False)
         add_dense(name, parser)

@@ -19,6 +19,7 @@ from fastsimclr.distributed import torchrun as launch
 from fastsimclr.distributed.ranks import Agreement, Ranks
 from fastsimclr.distributed.torchrun import Launch
 from fastsimclr.loaders import DataConfig, TrainLoader
+from fastsimclr.loaders.cut import Crops
 from fastsimclr.runs import checkpoint
 from fastsimclr.runs.stop import Stopped
 from fastsimclr.runtime.device import Runtime
@@ -82,14 +83,13 @@ def test_a_proposal_is_heard_by_all_at_the_next_step(ranks_pool: Pool) -> None:
     assert ranks_pool(1, agreed) == [[0, 0, 0, 0, 0, 0]]
 
 
-def shares(ranks: Ranks) -> Callable[[int, int], TrainLoader]:
+def shares(ranks: Ranks) -> Callable[[int, int, Crops], TrainLoader]:
     """The batches of a rank."""
 
-    def batches(start: int, stop: int) -> TrainLoader:
+    def batches(start: int, stop: int, crops: Crops) -> TrainLoader:
         data = DataConfig(loader="native", threads=1)
-        return TrainLoader(
-            SOURCE, data, batch=BATCH, seed=0, start=start, stop=stop, rank=ranks.rank, world=ranks.world
-        )
+        part: Any = {"rank": ranks.rank, "world": ranks.world}
+        return TrainLoader(SOURCE, data, batch=BATCH, seed=0, start=start, stop=stop, crops=crops, **part)
 
     return batches
 

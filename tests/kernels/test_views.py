@@ -14,7 +14,8 @@ from torchvision.transforms.v2 import functional as F
 from fastsimclr.bench.view_errors import torchvision_view
 from fastsimclr.kernels.views import make_views, reference
 from fastsimclr.loaders.batch import Ragged
-from fastsimclr.loaders.draw import Policy, ViewParams, crop_flip, draw, evaluation, simclr
+from fastsimclr.loaders.draw import Policy, ViewParams, draw
+from tests.loading import crop_flip, evaluation, simclr
 
 # float32 on both sides, some twenty roundings of values in [0, 1]; hue divides by small chroma and is clipped.
 TOLERANCE = 1e-5

@@ -16,9 +16,10 @@ from torch import Tensor
 from fastsimclr.bench.view_errors import normals as slow_normals
 from fastsimclr.kernels.views import make_views, noise, stencil
 from fastsimclr.kernels.views.resample import quarter_turns
-from fastsimclr.loaders.draw import Policy, ViewParams, draw, simclr
+from fastsimclr.loaders.draw import Policy, ViewParams, draw
 from fastsimclr.loaders.philox import philox4x32
 from tests.kernels.test_views import EXTRAS, SIDES, TOLERANCE, check, drawn, expected_views, plain, ragged
+from tests.loading import simclr
 
 # log and cos of float32 against float64: some roundings of values up to 5.9, where the cosine is steepest.
 NORMAL_TOLERANCE = 1e-5

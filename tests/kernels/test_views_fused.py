@@ -18,7 +18,8 @@ from fastsimclr.kernels.views import colour, fused, make_views
 from fastsimclr.kernels.views.fused_blur import blur_kernel
 from fastsimclr.kernels.views.op import FIELDS, Pixels, make_views_op
 from fastsimclr.loaders.batch import Ragged
-from fastsimclr.loaders.draw import Policy, ViewParams, draw, simclr
+from fastsimclr.loaders.draw import Policy, ViewParams, draw
+from tests.loading import simclr
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BOTH = ("torchvision", "tensorflow")

@@ -15,7 +15,8 @@ from torch import Tensor
 from fastsimclr.kernels.views import colour, make_views
 from fastsimclr.kernels.views.resample import axis_weights, resample
 from fastsimclr.loaders.batch import Ragged
-from fastsimclr.loaders.draw import Policy, ViewParams, draw, evaluation
+from fastsimclr.loaders.draw import Policy, ViewParams, draw
+from tests.loading import evaluation
 
 TOLERANCE = 1e-6  # what the oracle's notes call reachable, in float32
 

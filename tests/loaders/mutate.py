@@ -31,8 +31,9 @@ from fastsimclr.loaders.beton.pack import Packing, pack
 from fastsimclr.loaders.beton.reader import BetonSource
 from fastsimclr.loaders.beton.recode import Recoding
 from fastsimclr.loaders.beton.writer import BetonWriter
+from fastsimclr.loaders.cut import Crops
 from fastsimclr.loaders.data import DataConfig, LoaderName
-from fastsimclr.loaders.decode import decode, image_size
+from fastsimclr.loaders.decode import decode, read_header
 from fastsimclr.loaders.draw import Policy, draw
 from fastsimclr.loaders.loader import EvalLoader, TrainLoader
 from fastsimclr.loaders.sets.basic import FileSource
@@ -128,7 +129,7 @@ def make_beton(path: Path, source: FileSource) -> BetonSource:
     for k in range(len(source)):
         data, (height, width) = source.read(k), (8, 8)
         with contextlib.suppress(DataError):  # else a size that the tables can hold
-            height, width = image_size(data, "", LIMIT)
+            height, width = read_header(data, "", LIMIT).size
         writer.add(k, data or b"\0", height, width, False)  # the format has no empty blobs
     writer.finish(source.labels)
     writer.close()
@@ -181,8 +182,8 @@ def check(source: Source, loader: LoaderName, threads: int = 2) -> int:
     config = DataConfig(loader=loader, threads=threads, max_bad_fraction=0.999, max_pixels=LIMIT)
     policy = Policy(size=SIDE, normalise="none")
     batch = max(1, min(50, n // 3))
-    with TrainLoader(source, config, batch=batch, seed=3, stop=-(-n // batch)) as train:
-        train.cut(policy, 3, 2)
+    crops = Crops(policy=policy, seed=3, views=2)
+    with TrainLoader(source, config, batch=batch, seed=3, stop=-(-n // batch), crops=crops) as train:
         ids = []
         for each in train:
             ids += each.ids.tolist()
@@ -203,8 +204,8 @@ def check(source: Source, loader: LoaderName, threads: int = 2) -> int:
         assert set(train.bad) == bad, f"named: {sorted(set(train.bad) ^ bad)}"
         for k, reason in train.bad.items():
             assert source.describe(k) in reason, f"{reason} does not name {source.describe(k)}"
-    with EvalLoader(source, config, batch=batch) as test:
-        test.cut(Policy(size=SIDE, crop="centre", flip=0, normalise="none"), 0, 1)
+    crops = Crops(policy=Policy(size=SIDE, crop="centre", flip=0, normalise="none"), seed=0, views=1)
+    with EvalLoader(source, config, batch=batch, crops=crops) as test:
         assert [k for each in test for k in each.ids.tolist()] == [k for k in range(n) if k not in bad], "left out"
     return len(bad)
 

@@ -23,6 +23,7 @@ from fastsimclr.loaders.backends import dali as dali_module
 from fastsimclr.loaders.batch import Batch
 from fastsimclr.loaders.beton.reader import BetonSource
 from fastsimclr.loaders.beton.writer import BetonWriter
+from fastsimclr.loaders.cut import Crops
 from fastsimclr.loaders.data import DataConfig, LoaderName, open_data
 from fastsimclr.loaders.decode import decode
 from fastsimclr.loaders.draw import Policy, draw
@@ -38,7 +39,7 @@ TORCHVISION = pytest.param("torchvision", marks=pytest.mark.slow)  # each of its
 BACKENDS = ["native", TORCHVISION, DALI]  # those that cut the windows of `draw` out of files
 N, SIDE = 30, 40
 POLICY = Policy(size=SIDE, normalise="none")
-CENTRE = Policy(size=SIDE, crop="centre", flip=0, normalise="none")
+CENTRE = Crops(policy=Policy(size=SIDE, crop="centre", flip=0, normalise="none"), seed=0, views=1)
 
 
 def saved(picture: Image.Image, kind: str, **keys: Any) -> bytes:
@@ -83,9 +84,9 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> BetonSource:
 
 def training(source: Source, loader: LoaderName, policy: Policy = POLICY, **keys: Any) -> TrainLoader:
     config = {"threads": 2, **{key: keys.pop(key) for key in ("photometric", "threads") if key in keys}}
-    made = TrainLoader(source, DataConfig(loader=loader, **config), **{"batch": 8, "seed": 5, "stop": 9, **keys})
-    made.cut(policy, 5, 2)
-    return made
+    crops = Crops(policy=policy, seed=5, views=2)
+    keys = {"batch": 8, "seed": 5, "stop": 9, "crops": crops, **keys}
+    return TrainLoader(source, DataConfig(loader=loader, **config), **keys)
 
 
 def pixels_of(source: Source, index: int) -> torch.Tensor:
@@ -146,8 +147,7 @@ def test_a_run_resumes_and_threads_and_ranks_change_nothing(files: FileSource, l
 
 @pytest.mark.parametrize("loader", BACKENDS)
 def test_evaluation_and_leaving_early(files: FileSource, loader: LoaderName) -> None:
-    test = EvalLoader(files, DataConfig(loader=loader, threads=2), batch=12)
-    test.cut(CENTRE, 0, 1)
+    test = EvalLoader(files, DataConfig(loader=loader, threads=2), batch=12, crops=CENTRE)
     for _ in range(2):
         batches = list(test)
         assert [batch.ids.tolist() for batch in batches] == [[*range(12)], [*range(12, 24)], [*range(24, 30)]]
@@ -225,10 +225,8 @@ def test_ffcv_reads_our_order_and_draws_its_own_windows(packed: BetonSource) -> 
             assert (
                 distance(batch.images.image(row), exact_crop(torch.from_numpy(pixels[index]), [0, 0, 64, 64], 40)) < 3
             )
-    test = EvalLoader(packed, DataConfig(loader="ffcv", threads=2), batch=12)
-    test.cut(CENTRE, 0, 1)
-    native = EvalLoader(packed, DataConfig(loader="native", threads=2), batch=12)
-    native.cut(CENTRE, 0, 1)
+    test = EvalLoader(packed, DataConfig(loader="ffcv", threads=2), batch=12, crops=CENTRE)
+    native = EvalLoader(packed, DataConfig(loader="native", threads=2), batch=12, crops=CENTRE)
     assert all(same(a, b) for a, b in zip(test, native, strict=True))
 
 
@@ -274,7 +272,7 @@ def test_refusals(files: FileSource, monkeypatch: pytest.MonkeyPatch) -> None:
     tensorflow = Policy(size=SIDE, semantics="tensorflow")
     with pytest.raises(ValueError, match=r"data.loader=torchvision resizes as torchvision does.*tensorflow"):
         training(files, "torchvision", tensorflow)
-    with pytest.raises(ValueError, match=r"data.loader=torchvision makes crops only; call cut"):
+    with pytest.raises(ValueError, match=r"data.loader=torchvision makes crops only; give crops"):
         iter(TrainLoader(files, DataConfig(loader="torchvision"), batch=8, seed=0, stop=1))
     with pytest.raises(ValueError, match=r"data.photometric=dali needs data.loader=dali or dali_gpu, not native"):
         DataConfig(loader="native", photometric="dali")
@@ -366,8 +364,7 @@ def test_foreign_files_reach_dali_decoded(files: FileSource, monkeypatch: pytest
         return original(data, what, max_pixels)
 
     monkeypatch.setattr(dali_module, "decode", counted)
-    test = EvalLoader(files, DataConfig(loader="dali", threads=1), batch=30)
-    test.cut(CENTRE, 0, 1)
+    test = EvalLoader(files, DataConfig(loader="dali", threads=1), batch=30, crops=CENTRE)
     assert len(list(test)) == 1
     assert sorted(seen) == [8, 9, 11, 14, 17, 20, 23, 26]
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastsimclr.loaders.faults import Reader
+from fastsimclr.loaders.faults import Damage, Reader
 from fastsimclr.loaders.order import Order
 from fastsimclr.loaders.shards import cache as cache_module
 from fastsimclr.loaders.shards.cache import ShardCache, default_cache
@@ -194,7 +194,7 @@ def test_a_full_disk(web: Web, cache: ShardCache, tmp_path: Path, monkeypatch: p
     assert kept(cache) == []
     assert len(web.gets("/t-0.tar")) == 1
     with pytest.raises(CacheError):
-        Reader(source, 0.9, 10**6).open_next(0)
+        Reader(source, Damage(source.name, len(source), 0.9), 10**6).open_next(0)
     monkeypatch.undo()
     assert_whole(source)
 

@@ -23,12 +23,13 @@ from torchvision.transforms import v2
 from fastsimclr.loaders import compiled as compiled_module
 from fastsimclr.loaders import cut as cut_module
 from fastsimclr.loaders.backends.native import Buffers
-from fastsimclr.loaders.backends.resident import hold
 from fastsimclr.loaders.compiled import COMPILED
-from fastsimclr.loaders.cut import cut, cut_many
+from fastsimclr.loaders.cut import Crops, cut, cut_many
 from fastsimclr.loaders.data import DataConfig
 from fastsimclr.loaders.draw import Policy, draw
 from fastsimclr.loaders.loader import EvalLoader, TrainLoader
+from fastsimclr.loaders.source import Source
+from tests.loading import hold
 
 Pixels = npt.NDArray[np.uint8]
 ROUNDING = 0.53 if COMPILED else 1.01  # of 255 levels: one rounding, and weights of 16 bits; torch rounds each axis
@@ -51,7 +52,7 @@ def exact(pixels: Pixels, box: list[int], size: int) -> npt.NDArray[np.float32]:
     return crop
 
 
-class Pictures:
+class Pictures(Source):
     """21 JPEG files in memory, those of `damaged` cut off in the middle; sizes known or not."""
 
     name, classes, fingerprint = "pictures", ("a", "b"), "p"
@@ -223,7 +224,8 @@ def test_batches_have_the_drawn_crops(threads: int, sized: bool) -> None:
     source = Pictures(sized=sized)
     loader = TrainLoader(source, DataConfig(threads=threads, loader="native"), batch=8, seed=5, stop=6)
     whole = [(batch.epochs, batch.ids, batch.labels, batch.sizes) for batch in loader]
-    loader.cut(POLICY, 5, 2)
+    crops = Crops(policy=POLICY, seed=5, views=2)
+    loader = TrainLoader(source, DataConfig(threads=threads, loader="native"), batch=8, seed=5, stop=6, crops=crops)
     for batch, (epochs, ids, labels, sizes) in zip(loader, whole, strict=True):
         assert torch.equal(batch.ids, ids) and torch.equal(batch.epochs, epochs)
         assert torch.equal(batch.labels, labels) and torch.equal(batch.sizes, sizes)
@@ -241,9 +243,8 @@ def test_batches_have_the_drawn_crops(threads: int, sized: bool) -> None:
 def test_damage_found_while_decoding_is_stood_in_for(sized: bool, crops: bool) -> None:
     source = Pictures(damaged=(4, 5, 20), sized=sized)
     data = DataConfig(threads=2, loader="native", max_bad_fraction=0.5)
-    loader = TrainLoader(source, data, batch=7, seed=1, stop=6)
-    if crops:
-        loader.cut(POLICY, 1, 2)
+    views = Crops(policy=POLICY, seed=1, views=2) if crops else None
+    loader = TrainLoader(source, data, batch=7, seed=1, stop=6, crops=views)
     stand_in = {4: 6, 5: 6, 20: 0}
     for batch in loader:
         params = draw(POLICY, 1, batch.epochs, batch.ids, 2, batch.sizes)
@@ -261,8 +262,9 @@ def test_damage_found_while_decoding_is_stood_in_for(sized: bool, crops: bool) -
 @pytest.mark.parametrize("sized", [False, True])
 def test_evaluation_leaves_out_what_is_damaged(sized: bool) -> None:
     source = Pictures(damaged=(0, 9, 10), sized=sized)
-    loader = EvalLoader(source, DataConfig(threads=2, loader="native", max_bad_fraction=0.5), batch=6)
-    loader.cut(Policy(size=48, crop="centre", normalise="none"), 0, 1)
+    crops = Crops(policy=Policy(size=48, crop="centre", normalise="none"), seed=0, views=1)
+    data = DataConfig(threads=2, loader="native", max_bad_fraction=0.5)
+    loader = EvalLoader(source, data, batch=6, crops=crops)
     seen = []
     for batch in loader:
         assert batch.params is not None and len(batch.params) == len(batch) == len(batch.images)
@@ -281,12 +283,11 @@ def test_resident_crops_are_natives(threads: int) -> None:
     source = Pictures(damaged=(4, 5, 20))
     data = DataConfig(threads=threads, loader="native", max_bad_fraction=0.5)
     held = hold(source, replace(data, loader="resident"), torch.device("cpu"))
-    where = ({}, {"resident": held})
+    crops = Crops(policy=POLICY, seed=1, views=2)
+    where: tuple[dict[str, object], ...] = ({"crops": crops}, {"crops": crops, "resident": held})
     pairs = [[TrainLoader(source, data, batch=7, seed=1, stop=12, **keys) for keys in where]]
     pairs += [[EvalLoader(source, data, batch=4, **keys) for keys in where]]
     for loaders in pairs:
-        for loader in loaders:
-            loader.cut(POLICY, 1, 2)
         count = 0
         for native, resident in zip(*loaders, strict=True):
             for a, b in (

@@ -14,8 +14,9 @@ from scipy import stats
 from torchvision import transforms
 
 from fastsimclr.loaders.crops import random_crops
-from fastsimclr.loaders.draw import Policy, ViewParams, crop_flip, draw, evaluation, simclr
+from fastsimclr.loaders.draw import Policy, ViewParams, draw
 from fastsimclr.loaders.philox import philox4x32, uniform
+from tests.loading import crop_flip, evaluation, simclr
 
 DRAWS = 4000
 # Fixed seeds: a test either always passes or never does; .001 is the chance that a right sampler was unlucky here.

@@ -5,21 +5,23 @@ from __future__ import annotations
 import io
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
 
 from fastsimclr.loaders import faults as faults_module
 from fastsimclr.loaders import turbo
 from fastsimclr.loaders.backends import dali as dali_module
-from fastsimclr.loaders.backends.resident import hold
 from fastsimclr.loaders.beton.reader import BetonSource
 from fastsimclr.loaders.beton.writer import BetonWriter
+from fastsimclr.loaders.cut import Crops
 from fastsimclr.loaders.data import DataConfig, LoaderName
 from fastsimclr.loaders.draw import Policy
-from fastsimclr.loaders.loader import EvalLoader, Loader, TrainLoader
+from fastsimclr.loaders.loader import EvalLoader, TrainLoader
 from fastsimclr.loaders.sets.basic import FileSource
 from fastsimclr.loaders.shards.remote import FetchError
 from fastsimclr.loaders.source import DataError
@@ -35,11 +37,12 @@ from tests.loaders.mutate import (
     make_shards,
     smooth,
 )
+from tests.loading import hold
 
 TORCHVISION = pytest.param("torchvision", marks=pytest.mark.slow)  # each of its workers is a process that starts
 DALI = pytest.param("dali", marks=pytest.mark.needs("nvidia.dali"))
 FFCV = pytest.param("ffcv", marks=[pytest.mark.needs("ffcv"), pytest.mark.slow])  # it compiles for seconds
-POLICY = Policy(size=16, normalise="none")
+CROPS = Crops(policy=Policy(size=16, normalise="none"), seed=0, views=2)
 
 
 @pytest.fixture(scope="module", params=[80, pytest.param(200, marks=pytest.mark.slow)])
@@ -99,9 +102,8 @@ def test_a_beton_whose_table_is_wrong_names_what_is_wrong(
     writer.finish(np.zeros(5))
     writer.close()
     data = DataConfig(threads=1, loader="native", max_bad_fraction=0.9)
-    loader = TrainLoader(BetonSource(tmp_path / "x.beton"), data, batch=5, seed=0, stop=2)
-    if crops:
-        loader.cut(POLICY, 0, 2)
+    source = BetonSource(tmp_path / "x.beton")
+    loader = TrainLoader(source, data, batch=5, seed=0, stop=2, crops=CROPS if crops else None)
     assert [len(batch) for batch in loader] == [5, 5]
     more = "has 90 x 90 pixels, more than its header or table said; pack it anew"
     assert sorted(loader.bad) == [1, 2, 3, 4] and more in loader.bad[1] and more in loader.bad[2]
@@ -118,27 +120,25 @@ def files(tmp_path: Path) -> FileSource:
     return FileSource("files", tmp_path, names, [0] * 40, np.arange(40), [str(k) for k in range(40)])
 
 
-def crops(loader: Loader) -> Loader:
-    loader.cut(POLICY, 0, 2)
-    return loader
-
-
 @pytest.mark.parametrize("loader", [TORCHVISION, DALI])
 def test_too_many_and_none_readable(files: FileSource, loader: LoaderName) -> None:
     for k in (3, 30):
         (files.root / files.names[k]).write_bytes(b"\xff\xd8 no more")
     config = DataConfig(loader=loader, threads=2, max_bad_fraction=0.04)
     with pytest.raises(DataError, match=r"at least 2 of 40 images are damaged, over data.max_bad_fraction=0.04"):
-        list(crops(TrainLoader(files, config, batch=40, seed=0, stop=1)))
+        list(TrainLoader(files, config, batch=40, seed=0, stop=1, crops=CROPS))
     # A second loader of the same source knows of them, and so does an evaluation.
-    again = crops(EvalLoader(files, DataConfig(loader=loader, threads=2, max_bad_fraction=0.05), batch=40))
+    again = EvalLoader(files, DataConfig(loader=loader, threads=2, max_bad_fraction=0.05), batch=40, crops=CROPS)
     assert [len(batch) for batch in again] == [38] and sorted(again.bad) == [3, 30]
     for name in files.names:
         (files.root / name).write_bytes(b"")
     empty = FileSource("empty", files.root, files.names, files.sizes.tolist(), files.labels, files.classes)
-    for run in (TrainLoader(empty, config, batch=8, seed=0, stop=1), EvalLoader(empty, config, batch=8)):
+    for run in (
+        TrainLoader(empty, config, batch=8, seed=0, stop=1, crops=CROPS),
+        EvalLoader(empty, config, batch=8, crops=CROPS),
+    ):
         with pytest.raises(DataError, match="damaged"):
-            list(crops(run))
+            list(run)
 
 
 @pytest.mark.parametrize("loader", [TORCHVISION, DALI])
@@ -147,7 +147,7 @@ def test_each_image_is_decoded_strictly_once(
 ) -> None:
     seen: list[int] = []
     for run in (1, 2):
-        train = crops(TrainLoader(files, DataConfig(loader=loader, threads=2), batch=10, seed=run, stop=8))
+        train = TrainLoader(files, DataConfig(loader=loader, threads=2), batch=10, seed=run, stop=8, crops=CROPS)
         strict = train.reader.decode
 
         def counted(index, *rest, strict=strict):  # type: ignore[no-untyped-def]
@@ -161,15 +161,32 @@ def test_each_image_is_decoded_strictly_once(
         seen.clear()
     packed = FileSource("packed", files.root, files.names, files.sizes.tolist(), files.labels, files.classes)
     packed.verified = True  # type: ignore[attr-defined]
-    train = crops(TrainLoader(packed, DataConfig(loader=loader, threads=2), batch=10, seed=0, stop=4))
+    train = TrainLoader(packed, DataConfig(loader=loader, threads=2), batch=10, seed=0, stop=4, crops=CROPS)
     monkeypatch.setattr(train.reader, "decode", counted)
     assert sum(len(batch) for batch in train) == 40 and not seen
+
+
+@pytest.mark.parametrize("loader", ["native", "torchvision"])
+def test_the_header_of_a_file_is_parsed_once(
+    files: FileSource, loader: LoaderName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[int] = []
+    really = simplejpeg.decode_jpeg_header
+
+    def counted(data: bytes) -> Any:
+        parsed.append(1)
+        return really(data)
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg_header", counted)
+    monkeypatch.setattr(turbo, "AVAILABLE", False)
+    list(TrainLoader(files, DataConfig(loader=loader, threads=2), batch=40, seed=0, stop=1, crops=CROPS))
+    assert len(parsed) == 40
 
 
 def test_a_worker_that_dies_is_a_named_error(files: FileSource) -> None:
     deadly = Deadly("deadly", files.root, files.names, files.sizes.tolist(), files.labels, files.classes)
     deadly.deadly = 17
-    train = crops(TrainLoader(deadly, DataConfig(loader="torchvision", threads=1), batch=10, seed=0, stop=9))
+    train = TrainLoader(deadly, DataConfig(loader="torchvision", threads=1), batch=10, seed=0, stop=9, crops=CROPS)
     with pytest.raises(RuntimeError, match=r"loader=torchvision: a worker process died .* use loader=native"):
         list(train)
 
@@ -182,7 +199,7 @@ def test_a_pipeline_that_dies_is_a_named_error(files: FileSource, monkeypatch: p
         return np.frombuffer(b"\xff\xd8 damaged since", np.uint8) if index == 17 else original(data, plain, job, index)
 
     monkeypatch.setattr(dali_module, "_file", broken)
-    train = crops(TrainLoader(files, DataConfig(loader="dali", threads=2), batch=10, seed=0, stop=9))
+    train = TrainLoader(files, DataConfig(loader="dali", threads=2), batch=10, seed=0, stop=9, crops=CROPS)
     with pytest.raises(DataError, match=r"DALI failed on a batch of 10 images, from .*\.jpg to .*use loader=native"):
         list(train)
 
@@ -205,7 +222,7 @@ def everything(source: FileSource, loader: LoaderName) -> None:
         source.pixel_sizes = np.ones((40, 2), np.int32)  # type: ignore[attr-defined]  # so that it reads in threads only
         hold(source, config, torch.device("cpu"))
     else:
-        list(crops(TrainLoader(source, config, batch=10, seed=0, stop=4)))
+        list(TrainLoader(source, config, batch=10, seed=0, stop=4, crops=CROPS))
 
 
 def assert_no_threads() -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from fastsimclr.loaders.backends import held as held_module
 from fastsimclr.loaders.backends import resident as resident_module
 from fastsimclr.loaders.backends.held import free_bytes
-from fastsimclr.loaders.backends.resident import Resident, hold
+from fastsimclr.loaders.backends.resident import Resident
 from fastsimclr.loaders.batch import Batch
 from fastsimclr.loaders.data import DataConfig, open_data
 from fastsimclr.loaders.decode import decode
@@ -25,6 +25,7 @@ from fastsimclr.loaders.loader import EvalLoader, Loader, TrainLoader
 from fastsimclr.loaders.order import epoch_order
 from fastsimclr.loaders.sets.basic import ArraySource, FileSource, SyntheticSource
 from fastsimclr.loaders.source import DataError, Source
+from tests.loading import hold
 
 Pixels = npt.NDArray[np.uint8]
 CPU = torch.device("cpu")
@@ -42,7 +43,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> FileSource:
     return FileSource("files", root, names, [0] * N, np.arange(N) % 3, ("a", "b", "c"))
 
 
-class Damaged:
+class Damaged(Source):
     """A source some of whose images are damaged, or whose read fails as `failure` says."""
 
     def __init__(self, source: Source, bad: tuple[int, ...], failure: BaseException | None = None) -> None:

@@ -12,16 +12,19 @@ from hypothesis import strategies as st
 from fastsimclr.loaders.order import (
     Order,
     epoch_order,
-    even_blocks,
     quasi_order,
     rank_positions,
-    steps_per_run,
     subset_blocks,
 )
 
 SEEDS = st.integers(0, 2**32 - 1)
 # Sizes of blocks: unequal, some empty, at least one image.
 BLOCKS = st.lists(st.integers(0, 40), min_size=1, max_size=40).filter(any)
+
+
+def even_blocks(n: int, size: int) -> list[int]:
+    """Bounds of blocks of `size` ids, the last with what is left."""
+    return [*range(0, n, size), n]
 
 
 def bounds(sizes: list[int]) -> list[int]:
@@ -85,8 +88,7 @@ def test_orders_differ_by_seed_and_epoch_and_are_uniform() -> None:
     assert ((counts - 400) ** 2 / 400).sum() < 18.5  # chi-square, 4 degrees of freedom, p = .001
 
 
-def test_steps_and_refusals() -> None:
-    assert steps_per_run(50_000, 100, 512) == 9766  # 50,000 * 100 / 512 = 9765.6
+def test_refusals() -> None:
     with pytest.raises(ValueError, match="global_batch=10 is not divisible by world_size=4; use 8"):
         rank_positions(0, 10, 0, 4)
     with pytest.raises(ValueError, match="use 4"):
@@ -216,5 +218,3 @@ def test_quasi_random_memory_is_bounded_and_values_are_refused() -> None:
             quasi_order(blocks, 0, 0)
     with pytest.raises(ValueError, match="blocks end at 9, but there are 10 images"):
         Order(10, 0, [0, 9])
-    with pytest.raises(ValueError, match="size=0 must be 1 id or more"):
-        even_blocks(10, 0)

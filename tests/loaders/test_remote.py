@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fastsimclr.loaders.faults import Reader
+from fastsimclr.loaders.faults import Damage, Reader
 from fastsimclr.loaders.shards import remote as remote_module
 from fastsimclr.loaders.shards.cache import ShardCache
 from fastsimclr.loaders.shards.remote import FetchError, describe
@@ -76,7 +76,7 @@ def test_what_cannot_be_fetched_is_named(web: Web, cache: ShardCache, tmp_path: 
     assert kept(cache) == []
     # No image is at fault, so none may be replaced by another one: the run stops.
     with pytest.raises(FetchError):
-        Reader(source, 0.9, 10**6).open_next(PER_SHARD)
+        Reader(source, Damage(source.name, len(source), 0.9), 10**6).open_next(PER_SHARD)
 
 
 def test_a_missing_shard_is_named_at_the_start(web: Web, cache: ShardCache) -> None:

@@ -19,11 +19,12 @@ import torch
 from PIL import Image
 
 from fastsimclr.distributed.ranks import Ranks
-from fastsimclr.loaders import Batch, DataConfig, EvalLoader, Policy, Resident, Source, TrainLoader, choose_place, hold
+from fastsimclr.loaders import Batch, DataConfig, EvalLoader, Policy, Resident, Source, TrainLoader, choose_place
 from fastsimclr.loaders.backends import held
 from fastsimclr.loaders.backends.resident import Place
 from fastsimclr.loaders.beton.reader import BetonSource
 from fastsimclr.loaders.beton.writer import BetonWriter
+from fastsimclr.loaders.cut import Crops
 from fastsimclr.loaders.order import epoch_order
 from fastsimclr.loaders.sets.basic import FileSource, SyntheticSource
 from fastsimclr.recipe import Recipe
@@ -32,6 +33,7 @@ from fastsimclr.runtime.device import Runtime
 from fastsimclr.stages import Setting
 from fastsimclr.training.feed import Feed
 from tests.exchanges import Exchanges
+from tests.loading import hold
 from tests.training.test_trainer import BATCH, SOURCE, TOTAL, At, fit, job
 
 Pool = Callable[..., list[Any]]
@@ -100,7 +102,7 @@ def held_batches(ranks: Ranks, root: Path, how: How, data: DataConfig, extent: i
             runs = {name: [rows(batch) for batch in loader] for name, loader in (("train", train), ("part", part))}
             runs["every"] = [rows(batch) for batch in every]
         counts = {"exchanges": len(exchanged.names), "sent": np.sum(sent, axis=0, dtype=np.int64).tolist()}
-        return {**runs, **counts, "bad": kept.bad, "name": train.name}
+        return {**runs, **counts, "bad": kept.damage.bad, "name": train.name}
 
 
 def noting(sent: list[Sequence[int]], exchange: Callable[..., Any]) -> Callable[..., Any]:
@@ -317,7 +319,7 @@ def whole_on_each(ranks: Ranks, root: Path) -> tuple[list[int], list[int], bytes
     found = Place(source=source, config=data, device=CPU, peers=ranks, parts=1, expected=100, why="").fill()
     assert found is not None
     pixels = [found.images.image(k).numpy().tobytes() for k in range(N)]
-    return sorted(found.bad), found.labels.tolist(), b"".join(pixels)
+    return sorted(found.damage.bad), found.labels.tolist(), b"".join(pixels)
 
 
 def test_where_each_device_holds_all_damage_on_one_is_damage_on_all(ranks_pool: Pool, folder: Path) -> None:
@@ -331,10 +333,9 @@ def training(ranks: Ranks, run: Path, how: How, stop_at: int | None) -> tuple[st
     data, asked = settings(), 0
     kept = resident(SOURCE, ranks, how, data)
 
-    def batches(start: int, stop: int) -> Iterable[Batch]:
-        return TrainLoader(
-            SOURCE, data, batch=BATCH, seed=0, start=start, stop=stop, rank=ranks.rank, world=ranks.world, resident=kept
-        )
+    def batches(start: int, stop: int, crops: Crops) -> Iterable[Batch]:
+        part: Any = {"rank": ranks.rank, "world": ranks.world, "resident": kept}
+        return TrainLoader(SOURCE, data, batch=BATCH, seed=0, start=start, stop=stop, crops=crops, **part)
 
     def act() -> None:
         if stop_at is not None and ranks.rank == ranks.world - 1:
@@ -378,10 +379,11 @@ def in_a_thread(ranks: Ranks) -> tuple[str, bool]:
     kept = resident(SOURCE, ranks, "sharded", settings())
     loader = TrainLoader(SOURCE, settings(), batch=8, seed=0, stop=2, rank=ranks.rank, world=2, resident=kept)
     runtime = Runtime(device=CPU, precision="fp32", ranks=ranks)
-    with Feed(loader, Policy(size=8), seed=0, views=2, runtime=runtime) as feed:
+    crops = Crops(policy=Policy(size=8), seed=0, views=2)
+    with Feed(loader, crops, runtime) as feed:
         right = [len(shipment.ids) for shipment in feed] == [4, 4]
     try:
-        with Feed(iter(loader), Policy(size=8), seed=0, views=2, runtime=runtime) as feed:
+        with Feed(iter(loader), crops, runtime) as feed:
             next(feed)
     except RuntimeError as error:
         return str(error), right

@@ -18,7 +18,7 @@ from fastsimclr.loaders.beton.pack import Packing, pack
 from fastsimclr.loaders.beton.reader import BetonSource
 from fastsimclr.loaders.beton.recode import Recoding
 from fastsimclr.loaders.compiled import COMPILED
-from fastsimclr.loaders.cut import copy_many, cut
+from fastsimclr.loaders.cut import Crops, copy_many, cut
 from fastsimclr.loaders.data import DataConfig
 from fastsimclr.loaders.decode import decode
 from fastsimclr.loaders.draw import Policy
@@ -26,6 +26,8 @@ from fastsimclr.loaders.loader import TrainLoader
 from fastsimclr.loaders.sets.basic import Relabelled, Subset
 from tests.loaders.mutate import KINDS, make_files, mutated
 from tests.loaders.test_cut import smooth
+
+CROPS = Crops(policy=Policy(size=24, normalise="none"), seed=0, views=2)
 
 Pixels = npt.NDArray[np.uint8]
 MOST = 10_000_000
@@ -152,10 +154,8 @@ def test_batches_are_the_same_without_it(
     monkeypatch.setattr(turbo, "_run", counted)
 
     def digest() -> list[object]:
-        config = DataConfig(threads=2, loader="native", max_bad_fraction=0.99)
-        loader = TrainLoader(source, config, batch=8, seed=1, stop=2 * (len(source) // 8))
-        if crops:
-            loader.cut(Policy(size=24, normalise="none"), 0, 2)
+        config, cut = DataConfig(threads=2, loader="native", max_bad_fraction=0.99), CROPS if crops else None
+        loader = TrainLoader(source, config, batch=8, seed=1, stop=2 * (len(source) // 8), crops=cut)
         with loader:
             found: list[object] = [
                 (batch.ids.tolist(), zlib.crc32(b"".join(batch.images.image(i).numpy().tobytes() for i in range(8))))
@@ -210,11 +210,8 @@ def test_decoded_pixels_are_taken_a_run_at_a_time(
 
     def digest() -> list[object]:
         beton = BetonSource(tmp_path / "a.beton")
-        loader = TrainLoader(
-            Subset(beton, range(1, 13)), DataConfig(threads=2, loader="native"), batch=4, seed=1, stop=9
-        )
-        if crops:
-            loader.cut(Policy(size=24, normalise="none"), 0, 2)
+        some, config = Subset(beton, range(1, 13)), DataConfig(threads=2, loader="native")
+        loader = TrainLoader(some, config, batch=4, seed=1, stop=9, crops=CROPS if crops else None)
         with loader:
             found: list[object] = [
                 zlib.crc32(b"".join(batch.images.image(i).numpy().tobytes() for i in range(len(batch.images.offsets))))

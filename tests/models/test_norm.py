@@ -17,7 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastsimclr.distributed.ranks import Ranks
-from fastsimclr.models import BatchGroups, BatchNorm, average_running_statistics, batch_groups, set_groups
+from fastsimclr.models import (
+    BatchGroups,
+    BatchNorm,
+    average_running_statistics,
+    batch_groups,
+    norm_functions,
+    set_groups,
+)
 from fastsimclr.models import norm as norm_module
 from tests.exchanges import Exchanges
 
@@ -129,7 +136,7 @@ def test_many_ranks_are_the_plain_loop(ranks_pool: Pool, kind: str, world: int, 
 
 def test_small_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     case = (12, 2, SHAPES["maps"], 2, True)
-    monkeypatch.setattr(norm_module, "PIECE_ELEMENTS", 1)
+    monkeypatch.setattr(norm_functions, "PIECE_ELEMENTS", 1)
     assert worst_error([ours(Ranks(), *case)], oracle(*case)) <= 1e-12
 
 
@@ -310,7 +317,7 @@ def of_synchronised_kernels(ranks: Ranks) -> dict[str, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         for name, kernel in kernels.items():
             patch.setattr(torch, name, kernel)
-        patch.setattr(norm_module, "_NormInGroups", norm_module._NormOfOneGroupOnCuda)
+        patch.setattr(norm_module, "NormInGroups", norm_module.NormOfOneGroupOnCuda)
         return ours(ranks, 12, 2, SHAPES["maps"], 2, True)
 
 
@@ -346,9 +353,9 @@ def test_on_a_gpu(shape: tuple[int, ...], groups: int, bias: bool, dtype: torch.
             if bn is expected:
                 y = bn(leaf)
             else:
-                path = norm_module._NormOfOneGroupOnCuda if groups == 1 else norm_module._NormInGroups
+                path = norm_module.NormOfOneGroupOnCuda if groups == 1 else norm_module.NormInGroups
                 y = path.apply(leaf, bn.weight, bn.bias, bn.running_mean, bn.running_var, 0.1, bn.eps, mine)
-                assert y.dtype == dtype and y.is_contiguous(memory_format=norm_module._layout(leaf))
+                assert y.dtype == dtype and y.is_contiguous(memory_format=norm_functions._layout(leaf))
             y.backward(dy.to(device, y.dtype))
             assert leaf.grad is not None
             grads = [bn.weight.grad, *([bn.bias.grad] if bias else [])]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsimclr.loaders import ArraySource, DataConfig, Policy, TrainLoader
+from fastsimclr.loaders import ArraySource, Crops, DataConfig, Policy, TrainLoader
 from fastsimclr.methods import Contrastive, CrossEntropy, Objective
 from fastsimclr.models import ModelConfig, build_classifier, build_simclr
 from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
@@ -62,7 +62,9 @@ def job(
         objective=objective,
         optimizer=build_optimizer(optim, objective, global_batch=BATCH, heads=objective.supervised_heads()),
         schedule=Schedule(peak=optim.peak_lr(BATCH), warmup_steps=2, total_steps=TOTAL),
-        batches=lambda start, stop: TrainLoader(SOURCE, data, batch=BATCH, seed=0, start=start, stop=stop),
+        batches=lambda start, stop, crops: TrainLoader(
+            SOURCE, data, batch=BATCH, seed=0, start=start, stop=stop, crops=crops
+        ),
         policy=Policy(size=8),
         batch=BATCH,
         seed=0,
@@ -281,11 +283,12 @@ def one_step(given: Job, runtime: Runtime) -> Callable[[], None]:
     """A train step ready to run, its batch on the device and its optimizer warmed up."""
     trainer = Trainer(TrainerConfig(), runtime, given)
     runtime.place(given.objective.train())
-    (batch,) = given.batches(0, 1)
-    shipment = ship(batch, given.policy, 0, given.objective.views, runtime.device)
+    crops = Crops(policy=given.policy, seed=0, views=given.objective.views)
+    (batch,) = given.batches(0, 1, crops)
+    shipment = ship(batch, crops, runtime)
     meter, step = Meter(runtime), trainer._step_of()
-    trainer._train_step(step, shipment, given.policy, 0.1, meter)
-    return lambda: trainer._train_step(step, shipment, given.policy, 0.1, meter)
+    trainer._train_step(step, shipment, 0.1, meter)
+    return lambda: trainer._train_step(step, shipment, 0.1, meter)
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "supervised"])
