@@ -40,9 +40,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 # Installs nothing: it runs on a GPU machine with the Python and PyTorch that are there; OUT=DIR takes the reports.
+# PART=kernels, speed or training is one call of under 8 minutes; IMAGES=PATH; CHECK takes more options.
 OUT ?= runs/gpu-check
 gpu-check:
-	$(PYTHON) -m fastsimclr.bench.gpu_check --out $(OUT)
+	$(PYTHON) -m fastsimclr.bench.gpu_check --out $(OUT) $(addprefix --part ,$(PART)) $(addprefix --images ,$(IMAGES)) $(CHECK)
 
 clean:
 	rm -rf build dist *.egg-info loaders/_cut*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastsimclr.loaders.arrays import Ints
 from fastsimclr.loaders.draw import ViewParams
 
-Ints = npt.NDArray[np.int64]
 Sizes = npt.NDArray[np.int32]
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
-import logging
 from collections.abc import Callable
 from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 
-LOG = logging.getLogger("fastsimclr")
+from fastsimclr.loaders.log import LOG
+
 VERSION = 3  # as in cut.c: what the functions take
 
 

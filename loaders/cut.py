@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsimclr.loaders.arrays import Ints, Pixels
 from fastsimclr.loaders.compiled import LIBRARY
 from fastsimclr.loaders.draw import Policy, ViewParams, draw
 
-Ints = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
 Sizes = npt.NDArray[np.int32]
 
 MOST = 32

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +10,7 @@ import numpy as np
 
 from fastsimclr.loaders.beton.opening import open_packed
 from fastsimclr.loaders.decode import MAX_PIXELS
+from fastsimclr.loaders.log import LOG
 from fastsimclr.loaders.order import WINDOW
 from fastsimclr.loaders.sets.basic import ArraySource, Subset, SyntheticSource, digits, torchvision_set
 from fastsimclr.loaders.sets.folder import open_folder
@@ -21,7 +21,6 @@ from fastsimclr.loaders.shards.index import label_member
 from fastsimclr.loaders.shards.source import open_shard_splits
 from fastsimclr.loaders.source import Source
 
-LOG = logging.getLogger("fastsimclr")
 LoaderName = Literal["auto", "native", "resident", "dali", "dali_gpu", "ffcv", "torchvision", "synthetic"]
 
 

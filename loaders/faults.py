@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from fastsimclr.loaders.arrays import Pixels
 from fastsimclr.loaders.decode import Encoded, Header, decode, read_header
+from fastsimclr.loaders.log import LOG
 from fastsimclr.loaders.scratch import Scratch
 from fastsimclr.loaders.shards.remote import FetchError
 from fastsimclr.loaders.source import DataError, Source
 
-Pixels = npt.NDArray[np.uint8]
-
-LOG = logging.getLogger("fastsimclr")
 _IMAGE = Scratch()
 
 

@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
+from fastsimclr.loaders.arrays import Ints
 from fastsimclr.loaders.backends import dali, ffcv
 from fastsimclr.loaders.backends.dataloader import torchvision_batches
 from fastsimclr.loaders.backends.native import native_batches
@@ -27,8 +27,6 @@ from fastsimclr.loaders.draw import Policy
 from fastsimclr.loaders.faults import Damage, Reader
 from fastsimclr.loaders.order import Order, choose_order, rank_positions
 from fastsimclr.loaders.source import DataError, Source
-
-Ints = npt.NDArray[np.int64]
 
 
 class Loader(ABC):

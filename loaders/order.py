@@ -9,10 +9,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from fastsimclr.loaders.arrays import Ints
 from fastsimclr.loaders.philox import philox4x32
 from fastsimclr.loaders.source import DataError, Source
 
-Ints = npt.NDArray[np.int64]
 OrderName = Literal["random", "quasi"]
 
 # Views count up from 0 in the same counter word (draw.py), so the last values are free for the order.

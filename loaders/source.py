@@ -9,10 +9,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from fastsimclr.loaders.arrays import Ints, Pixels
 from fastsimclr.loaders.turbo import Spans
 
-Ints = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
 Sizes = npt.NDArray[np.int32]
 
 

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fastsimclr.loaders.arrays import Ints, Pixels
 from fastsimclr.loaders.compiled import LIBRARY, TURBO_JPEG
 from fastsimclr.loaders.scratch import Scratch
 
-Ints = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
 Sizes = npt.NDArray[np.int32]
 
 AVAILABLE = TURBO_JPEG is not None

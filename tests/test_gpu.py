@@ -23,7 +23,7 @@ from fastsimclr.runtime.device import Precision, Runtime
 from fastsimclr.training.config import TrainerConfig
 from fastsimclr.training.feed import Feed, ship
 from fastsimclr.training.meter import Meter
-from fastsimclr.training.trainer import Job, Trainer
+from fastsimclr.training.trainer import Trainer, TrainingJob
 from tests.captured import captured
 from tests.loading import hold, simclr
 
@@ -53,7 +53,7 @@ def trainer_on(device: torch.device, precision: Precision, run: Path, memory: in
     if memory:
         objective = MomentumContrast(network, temperature=0.5, scaling="paper", memory=memory, momentum=0.9)
     runtime.place(objective)
-    job = Job(
+    job = TrainingJob(
         stage="pretrain",
         run=run,
         objective=objective,

@@ -54,7 +54,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class OpCase:
     """What all candidates do; ours, as it runs by default, comes first.
 
     unit, items: what a rate counts, and how many make the work whole, to which milliseconds refer.
@@ -72,7 +72,7 @@ def report_of_calls(
     bench: str,
     config: dict[str, Any],
     runtime: Runtime,
-    works: Sequence[Work],
+    works: Sequence[OpCase],
     *,
     round_ms: float,
     checks: dict[str, Any],
@@ -81,7 +81,7 @@ def report_of_calls(
     """Measures all works and the device's ceilings, these before and after, of which the better counts."""
     device = runtime.device
     ceilings = measure_ceilings(device)
-    rows = [row for work in works for row in measure_work(work, config["rounds"], round_ms, device)]
+    rows = [row for work in works for row in measure_case(work, config["rounds"], round_ms, device)]
     ceilings = ceilings.best(measure_ceilings(device))
     facts = []
     for work in works:
@@ -94,7 +94,7 @@ def report_of_calls(
     return report | {"ceilings": asdict(ceilings), "works": facts}
 
 
-def measure_work(work: Work, rounds: int, round_ms: float, device: torch.device) -> list[Row]:
+def measure_case(work: OpCase, rounds: int, round_ms: float, device: torch.device) -> list[Row]:
     """One row a candidate, those that cannot run included. All take turns; the first round is warm-up.
 
     RuntimeError where one of ours cannot run; a baseline that fails has the reason in its row.
@@ -216,7 +216,7 @@ def _replayed(call: Call, count: int) -> float:
     return _between_events(graph.replay, count)
 
 
-def _row(work: Work, candidate: Candidate, turns: Sequence[Round], timed: Timed, peak: int) -> Row:
+def _row(work: OpCase, candidate: Candidate, turns: Sequence[Round], timed: Timed, peak: int) -> Row:
     warmup, *counted = turns
     seconds = [turn.seconds / turn.images for turn in counted]  # of one item
     ms = spread([1e3 * work.items * each for each in seconds])
@@ -236,11 +236,11 @@ def _brief(turn: Round) -> dict[str, Any]:
     return {key: value for key, value in asdict(turn).items() if key in ("images", "seconds")}
 
 
-def _missing(work: Work, candidate: Candidate, reason: str) -> Row:
+def _missing(work: OpCase, candidate: Candidate, reason: str) -> Row:
     return _head(work, candidate) | {"reason": reason, "rounds": []}
 
 
-def _head(work: Work, candidate: Candidate) -> Row:
+def _head(work: OpCase, candidate: Candidate) -> Row:
     return {
         "name": candidate.name,
         "group": work.name,

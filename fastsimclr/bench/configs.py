@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-Arch = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+TorchvisionArch = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 Dtype = Literal["fp32", "fp16", "bf16"]
 LoaderSet = Literal["packed", "raw", "original"]
 
@@ -110,7 +110,7 @@ class CurveBench(TrainingBench):
     """Steps of each curve."""
     precision: Literal["auto", "bf16", "fp16"] = "auto"
     """Precision under test."""
-    arch: Arch = "resnet18"
+    arch: TorchvisionArch = "resnet18"
     """The encoder."""
     width: float = 0.5
     """Multiplies its channels."""
@@ -145,7 +145,7 @@ class MicroBench(TrainingBench):
     """Steps of training before gradients are compared."""
     micro: tuple[int, ...] = (128, 64, 32)
     """Images of a micro-batch, divisors of the batch."""
-    arch: Arch = "resnet18"
+    arch: TorchvisionArch = "resnet18"
     """The encoder."""
     width: float = 1.0
     """Multiplies its channels."""
@@ -250,7 +250,7 @@ class NormBench(CallBench):
 class LarsBench(CallBench):
     """One LARS step over a network's parameters: ours, lightly, plain torch, and SGD for scale."""
 
-    arch: Arch = "resnet50"
+    arch: TorchvisionArch = "resnet50"
     """Encoder whose parameters are stepped, with SimCLR v1's head."""
     width: float = 1.0
     """Multiplies its channels."""

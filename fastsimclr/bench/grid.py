@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import torch
 
 from fastsimclr.bench import ours
-from fastsimclr.bench.configs import Arch, BenchConfig
+from fastsimclr.bench.configs import BenchConfig, TorchvisionArch
 from fastsimclr.bench.record import LAST, Contestant, Report, Round, Stopwatch, frame, measure
 from fastsimclr.loaders import Batch, Crops, DataConfig, Resident, Source, TrainLoader, choose_place, open_data
 from fastsimclr.methods import Contrastive
@@ -22,9 +22,9 @@ from fastsimclr.runs.log import RunLog
 from fastsimclr.runtime.device import Runtime, choose_runtime
 from fastsimclr.training.config import TrainerConfig
 from fastsimclr.training.meter import Meter
-from fastsimclr.training.trainer import Job, Trainer
+from fastsimclr.training.trainer import Trainer, TrainingJob
 
-Point = tuple[Arch, float, int, int]
+Point = tuple[TorchvisionArch, float, int, int]
 """Encoder, width, side of the views in pixels, images a step."""
 
 
@@ -166,7 +166,7 @@ def _trained(
 class _Timed(Trainer):
     """The trainer without what comes between two steps: records, checkpoints, collecting garbage."""
 
-    def __init__(self, runtime: Runtime, job: Job, watch: Stopwatch, cpu: list[float]) -> None:
+    def __init__(self, runtime: Runtime, job: TrainingJob, watch: Stopwatch, cpu: list[float]) -> None:
         super().__init__(TrainerConfig(), runtime, job)
         self._watch, self._cpu = watch, cpu
 

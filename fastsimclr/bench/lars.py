@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastsimclr.bench import baseline
-from fastsimclr.bench.calls import Candidate, Timed, Work, report_of_calls
+from fastsimclr.bench.calls import Candidate, OpCase, Timed, report_of_calls
 from fastsimclr.bench.configs import LarsBench
 from fastsimclr.bench.memory import Call
 from fastsimclr.bench.ours import HEAD_DIM, HEAD_LAYERS, LR, MOMENTUM, WEIGHT_DECAY
@@ -134,7 +134,7 @@ def update(w: Tensor, g: Tensor, v: Tensor, excluded: bool, variant: Formula, lr
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
+class LarsForm:
     """One way to make the step. lars: whether it is LARS; else it stands for scale and is not checked."""
 
     family: str
@@ -146,14 +146,14 @@ class Form:
 
 
 FORMS = {
-    "ours": Form(family="ours", build=ours),
-    "ours, launched one by one": Form(family="ours", build=ours, timed="events", cuda_only=True),
-    "ours, foreach": Form(family="ours", build=ours_reference, cuda_only=True),
+    "ours": LarsForm(family="ours", build=ours),
+    "ours, launched one by one": LarsForm(family="ours", build=ours, timed="events", cuda_only=True),
+    "ours, foreach": LarsForm(family="ours", build=ours_reference, cuda_only=True),
     # It reads norms on the host, which a CUDA graph does not allow.
-    "lightly": Form(family="lightly", build=lightly, timed="events", formula="lightly"),
-    "plain torch, tensor after tensor": Form(family="plain torch", build=plain),
-    "SGD fused (no LARS)": Form(family="torch's SGD", build=sgd, lars=False),
-    "SGD foreach (no LARS)": Form(family="torch's SGD", build=sgd_foreach, lars=False),
+    "lightly": LarsForm(family="lightly", build=lightly, timed="events", formula="lightly"),
+    "plain torch, tensor after tensor": LarsForm(family="plain torch", build=plain),
+    "SGD fused (no LARS)": LarsForm(family="torch's SGD", build=sgd, lars=False),
+    "SGD foreach (no LARS)": LarsForm(family="torch's SGD", build=sgd_foreach, lars=False),
 }
 
 
@@ -183,7 +183,7 @@ def bench_lars(config: LarsBench) -> Report:
                 fault=verdicts[name][1] if form.lars else None,
             )
         )
-    work = Work(
+    work = OpCase(
         name=f"{config.arch}, {count / 1e6:.2f} M parameters in {len(whole.params)} tensors",
         unit="steps",
         items=1,
@@ -207,7 +207,7 @@ def make(name: str, arch: str, width: float, *, variant: Formula, device: str, s
     return step
 
 
-def _verdict(name: str, form: Form, config: LarsBench, device: torch.device) -> tuple[str, str | None]:
+def _verdict(name: str, form: LarsForm, config: LarsBench, device: torch.device) -> tuple[str, str | None]:
     """The error of the weights after three steps of a narrow network in words, and the fault if above the bound."""
     formula = form.formula or config.variant
     tried = tensors(config.arch, CHECK_WIDTH, str(device), config.seed)

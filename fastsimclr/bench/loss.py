@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsimclr.bench import baseline
-from fastsimclr.bench.calls import Candidate, Timed, Work, report_of_calls
+from fastsimclr.bench.calls import Candidate, OpCase, Timed, report_of_calls
 from fastsimclr.bench.configs import Dtype, LossBench
 from fastsimclr.bench.memory import Call
 from fastsimclr.bench.record import Report
@@ -80,7 +80,7 @@ def lightly_autocast(x: Tensor, temperature: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
+class LossForm:
     """One way to compute the loss. build: makes the function. bound: on its relative error at the small size."""
 
     family: str
@@ -92,21 +92,21 @@ class Form:
 
 
 FORMS = {
-    "ours": Form(family="ours", build=lambda: ours, bound=ROUNDED, materialised=False),
-    "ours, launched one by one": Form(
+    "ours": LossForm(family="ours", build=lambda: ours, bound=ROUNDED, materialised=False),
+    "ours, launched one by one": LossForm(
         family="ours", build=lambda: ours, bound=ROUNDED, timed="events", cuda_only=True, materialised=False
     ),
-    "ours, torch operations": Form(
+    "ours, torch operations": LossForm(
         family="ours", build=lambda: ours_reference, bound=FULL, cuda_only=True, materialised=False
     ),
-    "plain torch float32": Form(family="plain torch", build=lambda: plain, bound=FULL),
-    "plain torch bf16 product": Form(family="plain torch", build=lambda: plain_half, bound=HALF),
-    "plain torch bf16 product, compiled": Form(
+    "plain torch float32": LossForm(family="plain torch", build=lambda: plain, bound=FULL),
+    "plain torch bf16 product": LossForm(family="plain torch", build=lambda: plain_half, bound=HALF),
+    "plain torch bf16 product, compiled": LossForm(
         family="plain torch", build=plain_half_compiled, bound=HALF, cuda_only=True
     ),
     # Its boolean masks wait for the device, which a CUDA graph does not allow.
-    "lightly float32": Form(family="lightly", build=lambda: lightly, bound=FULL, timed="events"),
-    "lightly bf16 autocast": Form(family="lightly", build=lambda: lightly_autocast, bound=HALF, timed="events"),
+    "lightly float32": LossForm(family="lightly", build=lambda: lightly, bound=FULL, timed="events"),
+    "lightly bf16 autocast": LossForm(family="lightly", build=lambda: lightly_autocast, bound=HALF, timed="events"),
 }
 
 
@@ -130,10 +130,10 @@ def bench_loss(config: LossBench) -> Report:
 def _work(
     config: LossBench,
     rows: int,
-    forms: dict[str, Form],
+    forms: dict[str, LossForm],
     verdicts: dict[str, tuple[str, str | None]],
     device: torch.device,
-) -> Work:
+) -> OpCase:
     candidates = []
     for name, form in forms.items():
         made = partial(make, name, dim=config.dim, temperature=config.temperature, dtype=config.dtype)
@@ -150,7 +150,7 @@ def _work(
                 fault=verdicts[name][1],
             )
         )
-    return Work(
+    return OpCase(
         name=f"M {rows:,}, D {config.dim}, {config.dtype}",
         unit="images",
         items=rows // 2,
@@ -179,7 +179,7 @@ def projections(rows: int, dim: int, seed: int) -> Tensor:
     return shared + torch.randn((rows, dim), generator=generator)
 
 
-def _verdict(name: str, form: Form, config: LossBench, device: torch.device) -> tuple[str, str | None]:
+def _verdict(name: str, form: LossForm, config: LossBench, device: torch.device) -> tuple[str, str | None]:
     """The errors of a form at a small size in words, and the fault if they are above its bound."""
     settings = {"dim": config.dim, "temperature": config.temperature, "dtype": config.dtype}
     try:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastsimclr.bench import ours
-from fastsimclr.bench.calls import Candidate, Work, report_of_calls
+from fastsimclr.bench.calls import Candidate, OpCase, report_of_calls
 from fastsimclr.bench.ceilings import Ceilings
 from fastsimclr.bench.configs import MicroBench
 from fastsimclr.bench.files import open_files
@@ -59,7 +59,7 @@ def bench_micro(config: MicroBench) -> Report:
         return flop / ceilings.matmul_flops, words
 
     name = f"{config.arch}, {config.batch} images"
-    work = Work(name=name, unit="images", items=config.batch, bound=bound, candidates=candidates)
+    work = OpCase(name=name, unit="images", items=config.batch, bound=bound, candidates=candidates)
     notes = ["memory is what the step adds to weights and views", f"precision {runtime.precision}"]
     checks = differences(config)
     return report_of_calls("micro", asdict(config), runtime, [work], round_ms=1.0, checks=checks, notes=notes)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsimclr.bench.calls import Candidate, Timed, Work, report_of_calls
+from fastsimclr.bench.calls import Candidate, OpCase, Timed, report_of_calls
 from fastsimclr.bench.configs import Dtype, NormBench
 from fastsimclr.bench.memory import Call
 from fastsimclr.bench.record import Report
@@ -56,7 +56,7 @@ def compiled() -> Function:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
+class NormForm:
     """One way to compute it. absent: why not on a CPU."""
 
     family: str
@@ -67,10 +67,10 @@ class Form:
 
 NO_KERNELS = "its Triton kernels run on CUDA only"
 FORMS = {
-    "ours": Form(family="ours", build=lambda: ours, absent=NO_KERNELS),
-    "ours, launched one by one": Form(family="ours", build=lambda: ours, timed="events", absent=NO_KERNELS),
-    "torch": Form(family="torch", build=lambda: eager),
-    "torch, compiled": Form(family="torch", build=compiled, absent="not tried on a CPU"),
+    "ours": NormForm(family="ours", build=lambda: ours, absent=NO_KERNELS),
+    "ours, launched one by one": NormForm(family="ours", build=lambda: ours, timed="events", absent=NO_KERNELS),
+    "torch": NormForm(family="torch", build=lambda: eager),
+    "torch, compiled": NormForm(family="torch", build=compiled, absent="not tried on a CPU"),
 }
 
 
@@ -105,7 +105,7 @@ def _work(
     *,
     verdicts: dict[str, tuple[str, str | None]],
     device: torch.device,
-) -> Work:
+) -> OpCase:
     side = -(-config.size // divisor)
     shape = (config.batch, channels, side, side)
     candidates = []
@@ -125,7 +125,7 @@ def _work(
         )
     maps = 10 if residual else 8
     count = maps * config.batch * channels * side * side * DTYPES[config.dtype].itemsize
-    return Work(
+    return OpCase(
         name=f"{name}: {config.batch} x {channels} x {side} x {side} {config.dtype}{' + residual' if residual else ''}",
         unit="views",
         items=config.batch,

@@ -14,7 +14,7 @@ from fastsimclr.loaders import Batch, Crops, Policy
 from fastsimclr.methods import Contrastive, CrossEntropy, Distillation, Objective
 from fastsimclr.models import ClassifierNet, ModelConfig, SimCLRNet, build_classifier, build_simclr
 from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
-from fastsimclr.training.trainer import Job
+from fastsimclr.training.trainer import TrainingJob
 
 # What both sides train with; SimCLR v1's head, which lightly's default is too.
 HEAD_LAYERS, HEAD_DIM, TEMPERATURE = 2, 128, 0.5
@@ -88,9 +88,9 @@ def job_of(
     batch: int,
     seed: int,
     run: Path,
-) -> Job:
+) -> TrainingJob:
     """A trainer's job that belongs to no recipe and resumes nothing. batch: of all ranks. run: its folder."""
-    return Job(
+    return TrainingJob(
         stage="bench",
         run=run,
         objective=objective,

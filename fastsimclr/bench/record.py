@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import resource
 import statistics
@@ -18,11 +17,11 @@ import numpy as np
 import torch
 
 from fastsimclr.bench.machine import clocks, machine
+from fastsimclr.runs.log import logger as LOG
 from fastsimclr.runs.text import write_text
 from fastsimclr.runtime.device import Runtime
 from fastsimclr.runtime.environment import environment
 
-LOG = logging.getLogger("fastsimclr")
 FORMAT = 1
 LAST = "rest"  # the phase that ends a step
 Report = dict[str, Any]

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from fastsimclr.bench.configs import Arch, TrainingBench
+from fastsimclr.bench.configs import TorchvisionArch, TrainingBench
 from fastsimclr.loaders.data import LoaderName
 
 TrainingStage = Literal["pretrain", "linear", "finetune", "distill"]
@@ -21,9 +21,9 @@ class StageBench(TrainingBench):
     stage: TrainingStage = "pretrain"
     """pretrain: NT-Xent of two views. linear, finetune: cross-entropy of one view, with and without a frozen encoder.
     distill: a teacher's class probabilities, of one view."""
-    arch: Arch = "resnet18"
+    arch: TorchvisionArch = "resnet18"
     """The encoder, of the student in distill; at full width."""
-    teacher: Arch = "resnet50"
+    teacher: TorchvisionArch = "resnet50"
     """The teacher's encoder in distill, at full width."""
     plot: str | None = None
     """File for bars of images/s with their ranges and the distributions of step times (.png, .pdf or .svg)."""

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastsimclr.bench import baseline
-from fastsimclr.bench.calls import Candidate, Timed, Work, report_of_calls
+from fastsimclr.bench.calls import Candidate, OpCase, Timed, report_of_calls
 from fastsimclr.bench.configs import ViewsBench
 from fastsimclr.bench.files import open_files
 from fastsimclr.bench.loss import DTYPES
@@ -147,7 +147,7 @@ def _each(images: list[Any], one: Callable[[Any], Any], views: int) -> Call:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
+class ViewsForm:
     """One way to make the views: build(config, images, device) is the call. few: it works image by image."""
 
     family: str
@@ -158,16 +158,16 @@ class Form:
 
 
 FORMS = {
-    "ours": Form(family="ours", build=ours),
-    "ours, launched one by one": Form(family="ours", build=ours, timed="events", cuda_only=True),
-    "ours, torch operations": Form(family="ours", build=partial(ours, backend="reference"), cuda_only=True),
-    "torchvision on PIL images": Form(family="torchvision", build=torchvision_pil, timed="clock", few=True),
-    "torchvision on tensors": Form(family="torchvision", build=torchvision_tensors, timed="events", few=True),
-    "lightly on PIL images": Form(family="lightly", build=lightly, timed="clock", few=True),
+    "ours": ViewsForm(family="ours", build=ours),
+    "ours, launched one by one": ViewsForm(family="ours", build=ours, timed="events", cuda_only=True),
+    "ours, torch operations": ViewsForm(family="ours", build=partial(ours, backend="reference"), cuda_only=True),
+    "torchvision on PIL images": ViewsForm(family="torchvision", build=torchvision_pil, timed="clock", few=True),
+    "torchvision on tensors": ViewsForm(family="torchvision", build=torchvision_tensors, timed="events", few=True),
+    "lightly on PIL images": ViewsForm(family="lightly", build=lightly, timed="clock", few=True),
 }
 GATHERS = {
-    "ours, one gather": Form(family="ours", build=one_gather),
-    "images copied by id, then our views": Form(family="plain torch", build=copied),
+    "ours, one gather": ViewsForm(family="ours", build=one_gather),
+    "images copied by id, then our views": ViewsForm(family="plain torch", build=copied),
 }
 
 
@@ -223,10 +223,10 @@ def _bench(config: ViewsBench, runtime: Runtime) -> Report:
 def _work(
     config: ViewsBench,
     what: str,
-    forms: dict[str, Form],
+    forms: dict[str, ViewsForm],
     faults: dict[str, str],
     device: torch.device,
-) -> Work:
+) -> OpCase:
     resident = held(config, config.images, str(device))
     read = float(3 * resident.sizes[: config.images].long().prod(1).sum())
     written = config.images * config.views * 3 * config.size**2 * _dtype(config, device).itemsize
@@ -245,7 +245,7 @@ def _work(
                 fault=faults.get(name),
             )
         )
-    return Work(
+    return OpCase(
         name=f"{what}, {config.views} views of {config.size}, {config.policy}",
         unit="images",
         items=config.images,
@@ -258,7 +258,7 @@ def _work(
 
 
 def _verdicts(
-    config: ViewsBench, forms: dict[str, Form], device: torch.device
+    config: ViewsBench, forms: dict[str, ViewsForm], device: torch.device
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Whether all make views of the same images that look alike; ours, whether its backends agree value by value."""
     count = min(CHECK_IMAGES, config.images)

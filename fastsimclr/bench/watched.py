@@ -29,7 +29,7 @@ from fastsimclr.training.feed import Feed, Shipment
 from fastsimclr.training.gradient_cache import Scale
 from fastsimclr.training.meter import Meter
 from fastsimclr.training.step import Step
-from fastsimclr.training.trainer import Job, Trainer
+from fastsimclr.training.trainer import Trainer, TrainingJob
 
 READY = 4  # batches of ready-made views or images that a part of the work goes around
 _PREPARING: dict[Mode, int] = {"eager": 0, "compile": 2, "graph": WARM_UP + 1}  # steps; the last captures the graph
@@ -45,7 +45,7 @@ class _Watched(Trainer):
         self,
         config: TrainerConfig,
         runtime: Runtime,
-        job: Job,
+        job: TrainingJob,
         watch: Stopwatch,
         step_of: Callable[[Trainer], Step] | None,
     ) -> None:

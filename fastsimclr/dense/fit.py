@@ -22,7 +22,7 @@ from fastsimclr.runs.text import write_text
 from fastsimclr.runtime.device import choose_runtime
 from fastsimclr.runtime.environment import environment
 from fastsimclr.training.config import TrainerConfig
-from fastsimclr.training.trainer import Job, Trainer
+from fastsimclr.training.trainer import Trainer, TrainingJob
 
 _FREE = ("out", "device", "workers", "checkpoint_steps", "resume")  # may differ between a run and its resumption
 
@@ -52,7 +52,7 @@ def fit(name: str, task: Task, config: FitConfig) -> dict[str, Any]:
     runtime.place(task)
     weights = [value for value in task.parameters() if value.requires_grad]
     peak, total = config.lr * config.batch / 16, config.epochs * (len(task.examples) // config.batch)
-    job = Job(
+    job = TrainingJob(
         stage=name,
         run=out,
         objective=task,

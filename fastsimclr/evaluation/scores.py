@@ -138,7 +138,7 @@ def by_group(right_N: Tensor, groups_N: Tensor, groups: int, ranks: Ranks) -> Te
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report(Score):
+class ClassifierReport(Score):
     """A score, and where the classifier errs. confusion_P3: see `confusion`. calibration: None of what has no
     probabilities. groups_2G: see `by_group`; None without subgroups."""
 

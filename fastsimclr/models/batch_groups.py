@@ -86,7 +86,7 @@ def _subgroup(
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Plan:
+class GroupLayout:
     """How the groups cut a rank's batch. Known by arithmetic, so that no counts are exchanged.
 
     group_rows: rows (V times images) of a group.
@@ -107,7 +107,9 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_of(groups: BatchGroups, rows: int, piece_rows: int, device: torch.device, dtype: torch.dtype) -> Plan:
+def group_layout(
+    groups: BatchGroups, rows: int, piece_rows: int, device: torch.device, dtype: torch.dtype
+) -> GroupLayout:
     """rows: V·N of a rank. piece_rows: the most rows of a piece."""
     views, world = groups.views, groups.world
     n, rest = divmod(rows, views)
@@ -147,7 +149,7 @@ def plan_of(groups: BatchGroups, rows: int, piece_rows: int, device: torch.devic
         if len(mine) > 1:
             runs = [(a - groups.rank * n, b - groups.rank * n) for a, b in runs]
         pieces.append(tuple(slice(a, min(a + piece_rows, hi)) for lo, hi in runs for a in range(lo, hi, piece_rows)))
-    return Plan(
+    return GroupLayout(
         group_rows=views * size,
         pieces=tuple(pieces),
         shares_P=tuple(

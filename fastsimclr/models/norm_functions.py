@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastsimclr.kernels.gather import gather
-from fastsimclr.models.batch_groups import BatchGroups, Plan, plan_of
+from fastsimclr.models.batch_groups import BatchGroups, GroupLayout, group_layout
 
 PIECE_ELEMENTS = 2**18
 """Values that a CPU core works on at once, which its cache holds. More would also lose digits: torch sums float32
@@ -67,7 +67,7 @@ class NormInGroups(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_C, statistics_S2C = ctx.saved_tensors
-        plan: Plan = ctx.plan
+        plan: GroupLayout = ctx.plan
         dy = dy.contiguous(memory_format=_layout(x))
         mean_SC, var_SC = statistics_S2C.unbind(1)
         inverse_SC = (var_SC + ctx.eps).rsqrt()
@@ -152,11 +152,11 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _plan(x: Tensor, weight_C: Tensor, groups: BatchGroups) -> tuple[Plan, int]:
+def _plan(x: Tensor, weight_C: Tensor, groups: BatchGroups) -> tuple[GroupLayout, int]:
     """The plan for x, and how many values of a channel a group has."""
     rows, channels, values = len(x), x.shape[1], x.numel() // len(x)
     at_once = PIECE_ELEMENTS * torch.get_num_threads() if x.device.type == "cpu" else x.numel()
-    plan = plan_of(groups, rows, max(1, at_once // values), x.device, weight_C.dtype)
+    plan = group_layout(groups, rows, max(1, at_once // values), x.device, weight_C.dtype)
     count = plan.group_rows * (values // channels)
     if count == 1:
         raise ValueError(
@@ -174,7 +174,7 @@ def _pooled(parts_K2C: Tensor, share_K: Tensor) -> Tensor:
     return torch.stack((mean_C, (share_K1 * (var_KC + (mean_KC - mean_C).square())).sum(0)))
 
 
-def _exchanged(parts: list[Tensor], plan: Plan, groups: BatchGroups) -> Tensor:
+def _exchanged(parts: list[Tensor], plan: GroupLayout, groups: BatchGroups) -> Tensor:
     """[K, 2, C]: what all ranks of the exchange have of the parts that they share. One collective."""
     assert groups.exchange is not None
     sent = parts[0].new_zeros(plan.sent, *parts[0].shape)

@@ -70,7 +70,7 @@ class Runtime:
 
 
 class SideStream:
-    """Within the context of it, work goes to a stream of its own; on a CPU, which has none, nothing changes."""
+    """A stream for work beside that of the current stream; on a CPU, which has none, nothing changes."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -80,12 +80,9 @@ class SideStream:
         if self._stream is not None:
             torch.cuda.set_device(self._stream.device)
 
-    def __enter__(self) -> None:
-        self._context = torch.cuda.stream(self._stream)
-        self._context.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self._context.__exit__(*error)
+    def current(self) -> contextlib.AbstractContextManager[object]:
+        """The context in which it is the current stream of the thread."""
+        return torch.cuda.stream(self._stream)
 
     def mark(self) -> Mark | None:
         """The point that the work has reached; None where there is nothing to wait for."""

@@ -13,7 +13,7 @@ import torch
 from fastsimclr.evaluation.features import Features, calibrate_bn, extract, raw_pixels
 from fastsimclr.evaluation.knn import knn
 from fastsimclr.evaluation.logistic import logistic_regression
-from fastsimclr.evaluation.scores import Report, Score, score
+from fastsimclr.evaluation.scores import ClassifierReport, Score, score
 from fastsimclr.loaders import DataError, Source, hold_out
 from fastsimclr.methods import CrossEntropy, LinearSweep
 from fastsimclr.models import Classifier, ClassifierNet, ModelConfig, ProjectionHead, build_encoder
@@ -155,7 +155,7 @@ def _table(held: Source, settings: Sequence[dict[str, float]], tried: Sequence[S
     return {"sweep": {"held_out": len(held), "tried": rows, "chosen": dict(settings[chosen])}}, chosen
 
 
-def _comparable(setting: Setting, stage: str, made: dict[str, Any], found: Report) -> dict[str, Any]:
+def _comparable(setting: Setting, stage: str, made: dict[str, Any], found: ClassifierReport) -> dict[str, Any]:
     """What was measured beside the metrics and, for the encoder of a pretraining, what is published of such a one."""
     facts = measured(setting, found)
     if not made["classes"]:  # else the encoder learned from labels

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fastsimclr.evaluation.features import Features
-from fastsimclr.evaluation.scores import Report, Score, by_group, calibration, confusion
+from fastsimclr.evaluation.scores import ClassifierReport, Score, by_group, calibration, confusion
 from fastsimclr.loaders.sets.subgroups import NO_SUBGROUP
 from fastsimclr.runs.text import write_text
 from fastsimclr.stages.setting import Setting
@@ -20,7 +20,7 @@ from fastsimclr.stages.setting import Setting
 _MOST_CLASSES = 100  # of which result.json holds the confusion matrix
 
 
-def measure(setting: Setting, found: Score, of: Features, logits_NK: Tensor | None = None) -> Report:
+def measure(setting: Setting, found: Score, of: Features, logits_NK: Tensor | None = None) -> ClassifierReport:
     """The whole report on the validation images `of`, whose score is `found`. logits_NK: where they are logits."""
     ranks, predicted_N, classes = setting.ranks, found.predicted_N, found.counts_3K.shape[1]
     groups_2G = None
@@ -29,7 +29,7 @@ def measure(setting: Setting, found: Score, of: Features, logits_NK: Tensor | No
         assert of.ids is not None
         groups_N = index[of.ids].to(of.labels.device)
         groups_2G = by_group(predicted_N == of.labels, groups_N, len(names), ranks)
-    return Report(
+    return ClassifierReport(
         counts_3K=found.counts_3K,
         predicted_N=predicted_N,
         confusion_P3=confusion(predicted_N, of.labels, classes, ranks),
@@ -38,7 +38,7 @@ def measure(setting: Setting, found: Score, of: Features, logits_NK: Tensor | No
     )
 
 
-def measured(setting: Setting, found: Report) -> dict[str, Any]:
+def measured(setting: Setting, found: ClassifierReport) -> dict[str, Any]:
     """The entries of a result file beside the metrics: per_class, confusion, and where they apply calibration,
     subgroups. confusion holds [true class, predicted class, images] until `put_confusion`."""
     facts: dict[str, Any] = {

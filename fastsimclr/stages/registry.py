@@ -42,7 +42,7 @@ class Stage:
         return self.function(setting, starts, out, resume)
 
 
-STAGES: dict[StageName, Stage] = {
+STAGES: dict[str, Stage] = {
     "pretrain": Stage(summary="Contrastive pretraining on all images.", start="nothing", function=pretrain),
     "linear": Stage(summary="Linear evaluation of a pretrained network.", start="run", function=evaluate_linear),
     "knn": Stage(summary="Nearest-neighbour evaluation of a pretrained network.", start="run", function=evaluate_knn),

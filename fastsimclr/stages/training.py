@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from fastsimclr.evaluation.features import extract
-from fastsimclr.evaluation.scores import Report, score
+from fastsimclr.evaluation.scores import ClassifierReport, score
 from fastsimclr.kernels.backend import chosen
 from fastsimclr.loaders import DataError, Policy, Source
 from fastsimclr.methods import Objective
@@ -22,7 +22,7 @@ from fastsimclr.runs.text import write_text
 from fastsimclr.stages.measured import as_json, measure, put_confusion
 from fastsimclr.stages.setting import Setting, order_name
 from fastsimclr.training.hooks import Hook, steps_of
-from fastsimclr.training.trainer import Job, Trainer
+from fastsimclr.training.trainer import Trainer, TrainingJob
 
 _DEFAULT_BATCH = 256
 
@@ -94,7 +94,7 @@ def train(
     optimizer = build_optimizer(optim, objective, global_batch=batch, heads=heads, settings=objective.head_settings())
     data = setting.ordered(source, begun)
     order = {"order": data.order} if data.order == "random" else {"order": data.order, "window": data.window}
-    job = Job(
+    job = TrainingJob(
         stage=stage,
         run=run,
         objective=objective,
@@ -144,7 +144,7 @@ def bn_name(groups: int, world: int, fused: bool) -> str:
     return f"{own}, {groups} {'part' if groups == 1 else 'parts'} of the batch"
 
 
-def classifier_score(setting: Setting, network: nn.Module) -> Report:
+def classifier_score(setting: Setting, network: nn.Module) -> ClassifierReport:
     """How often `network` is right on the validation images of all ranks, and where not."""
     logits = extract(network.eval(), setting.passes(setting.splits.val), setting.evaluation_policy, setting.runtime)
     return measure(setting, score(logits.values, logits.labels, setting.ranks), logits, logits.values)

@@ -2,7 +2,7 @@
 
 from fastsimclr.studies.base import Study
 from fastsimclr.studies.cells import Cell
-from fastsimclr.studies.jobs import Job
+from fastsimclr.studies.jobs import StudyJob
 from fastsimclr.studies.run import run_study
 
-__all__ = ["Cell", "Job", "Study", "run_study"]
+__all__ = ["Cell", "Study", "StudyJob", "run_study"]

@@ -12,7 +12,7 @@ from fastsimclr.loaders import Policy
 from fastsimclr.recipe import Recipe
 from fastsimclr.studies.base import Study, seeded, several
 from fastsimclr.studies.cells import Cell, Row
-from fastsimclr.studies.jobs import Job
+from fastsimclr.studies.jobs import StudyJob
 from fastsimclr.studies.plot import grid
 from fastsimclr.studies.table import means
 
@@ -60,8 +60,10 @@ class AugmentStudy(Study):
                 whole = seeded(recipe, seed)
                 each = replace(whole, views=views_of(recipe.views, first, second))
                 folder = f"{first}-{second}/seed-{seed}" if first != second else f"{first}/seed-{seed}"
-                start = Job(name=f"{folder}/pretrain", stage="pretrain", recipe=each)
-                job = Job(name=f"{folder}/linear", stage="linear", recipe=whole, after=start)  # with the recipe's views
+                start = StudyJob(name=f"{folder}/pretrain", stage="pretrain", recipe=each)
+                job = StudyJob(
+                    name=f"{folder}/linear", stage="linear", recipe=whole, after=start
+                )  # with the recipe's views
                 found.append(Cell(point={"first": first, "second": second}, method="linear", seed=seed, job=job))
         return found
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from fastsimclr.recipe import Recipe
 from fastsimclr.studies.base import Study, seeded, several
 from fastsimclr.studies.cells import Cell
-from fastsimclr.studies.jobs import Job
+from fastsimclr.studies.jobs import StudyJob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class BatchStudy(Study):
                     pretraining = replace(recipe.pretrain, batch=batch, epochs=epochs)
                     each = replace(seeded(recipe, seed), pretrain=pretraining)
                     folder = f"batch-{batch}/epochs-{epochs}/seed-{seed}"
-                    start = Job(name=f"{folder}/pretrain", stage="pretrain", recipe=each)
-                    job = Job(name=f"{folder}/linear", stage="linear", recipe=each, after=start)
+                    start = StudyJob(name=f"{folder}/pretrain", stage="pretrain", recipe=each)
+                    job = StudyJob(name=f"{folder}/linear", stage="linear", recipe=each, after=start)
                     found.append(Cell(point={"batch": batch, "epochs": epochs}, method="linear", seed=seed, job=job))
         return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastsimclr.studies.jobs import Job
+from fastsimclr.studies.jobs import StudyJob
 
 Value = float | int | str | bool
 
@@ -16,7 +16,7 @@ class Cell:
     point: dict[str, Value]
     method: str
     seed: int
-    job: Job
+    job: StudyJob
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from fastsimclr.recipe import Recipe
 from fastsimclr.studies.base import Study, seeded, several
 from fastsimclr.studies.cells import Cell
-from fastsimclr.studies.jobs import Job
+from fastsimclr.studies.jobs import StudyJob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +36,10 @@ class HeadStudy(Study):
             for layers in self.layers:
                 each = replace(seeded(recipe, seed), model=replace(recipe.model, head_layers=layers))
                 folder = f"layers-{layers}/seed-{seed}"
-                start = Job(name=f"{folder}/pretrain", stage="pretrain", recipe=each)
+                start = StudyJob(name=f"{folder}/pretrain", stage="pretrain", recipe=each)
                 for layer in range(layers + 1):
                     tuned = replace(each, finetune=replace(recipe.finetune, head_layer=layer))
-                    job = Job(name=f"{folder}/finetune-from-{layer}", stage="finetune", recipe=tuned, after=start)
+                    job = StudyJob(name=f"{folder}/finetune-from-{layer}", stage="finetune", recipe=tuned, after=start)
                     point = {"head_layers": layers, "finetune_layer": layer}
                     found.append(Cell(point=dict(point), method="fine-tuned", seed=seed, job=job))
         return found

@@ -30,14 +30,14 @@ _RECORD = "jobs.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class StudyJob:
     """One stage. name: its folder below the study's. It starts from the run of the job `after`, or from the run folder
     `start`, which no job of the study made; pretrain and supervised from nothing."""
 
     name: str
     stage: StageName
     recipe: Recipe
-    after: Job | None = None
+    after: StudyJob | None = None
     start: str | None = None
 
     def begins_at(self, out: Path) -> Path | None:
@@ -47,7 +47,7 @@ class Job:
         return None if self.start is None else Path(self.start)
 
     @property
-    def chain(self) -> tuple[Job, ...]:
+    def chain(self) -> tuple[StudyJob, ...]:
         """The jobs that must be done for it, the first first, and itself."""
         return (*(self.after.chain if self.after is not None else ()), self)
 
@@ -84,16 +84,16 @@ class Outcomes:
     record: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def in_order(jobs: Sequence[Job]) -> list[Job]:
+def in_order(jobs: Sequence[StudyJob]) -> list[StudyJob]:
     """Every job of the chains once, those that others need first. ValueError where two of one name differ."""
-    found: dict[str, Job] = {}
+    found: dict[str, StudyJob] = {}
     for job in (step for last in jobs for step in last.chain):
         if found.setdefault(job.name, job) != job:
             raise ValueError(f"two jobs are called {job.name} and differ; give each setting its own name")
     return list(found.values())
 
 
-def run_jobs(jobs: Sequence[Job], out: Path, places: Sequence[str | None]) -> Outcomes:
+def run_jobs(jobs: Sequence[StudyJob], out: Path, places: Sequence[str | None]) -> Outcomes:
     """Run what has no result yet. A job that fails is noted, and the others go on, but not where none has succeeded.
 
     places: empty: one after the other in this process; else as many at a time, each in a process of its own that sees
@@ -113,7 +113,7 @@ def run_jobs(jobs: Sequence[Job], out: Path, places: Sequence[str | None]) -> Ou
     return outcomes
 
 
-def _check(job: Job, out: Path, outcomes: Outcomes) -> None:
+def _check(job: StudyJob, out: Path, outcomes: Outcomes) -> None:
     path = out / job.name / "recipe.yaml"
     if not path.is_file():
         return
@@ -127,7 +127,7 @@ def _check(job: Job, out: Path, outcomes: Outcomes) -> None:
         )
 
 
-def _collect(job: Job, out: Path, outcomes: Outcomes) -> bool:
+def _collect(job: StudyJob, out: Path, outcomes: Outcomes) -> bool:
     path = out / job.name / "result.json"
     if path.is_file():
         outcomes.results[job.name] = json.loads(path.read_text())
@@ -139,21 +139,21 @@ def _record(out: Path) -> dict[str, dict[str, Any]]:
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
-def _note(job: Job, out: Path, outcomes: Outcomes, seconds: float) -> None:
+def _note(job: StudyJob, out: Path, outcomes: Outcomes, seconds: float) -> None:
     before = outcomes.record.get(job.name, {}).get("wall_s", 0.0)
     outcomes.record[job.name] = {"start": job.origin, "wall_s": round(before + seconds, 2)}
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / _RECORD, json.dumps(outcomes.record, indent=2) + "\n")
 
 
-def _left_out(job: Job, outcomes: Outcomes) -> bool:
+def _left_out(job: StudyJob, outcomes: Outcomes) -> bool:
     """Whether what it needs has failed; it is then noted as failed, too."""
     if job.after is not None and job.after.name in outcomes.failed:
         outcomes.failed[job.name] = f"{job.after.name} failed"
     return job.name in outcomes.failed
 
 
-def _one_by_one(jobs: Sequence[Job], out: Path, outcomes: Outcomes) -> None:
+def _one_by_one(jobs: Sequence[StudyJob], out: Path, outcomes: Outcomes) -> None:
     setting: stages.Setting | None = None
     for number, job in enumerate(jobs, start=1):
         if _left_out(job, outcomes):
@@ -178,7 +178,7 @@ def _one_by_one(jobs: Sequence[Job], out: Path, outcomes: Outcomes) -> None:
                 _note(job, out, outcomes, time.perf_counter() - start)
 
 
-def _run(job: Job, setting: stages.Setting, out: Path) -> dict[str, Any]:
+def _run(job: StudyJob, setting: stages.Setting, out: Path) -> dict[str, Any]:
     start = job.begins_at(out)
     return stages.STAGES[job.stage].run(setting, [] if start is None else [str(start)], out / job.name, resume=True)
 
@@ -201,9 +201,9 @@ def places_of(recipe: Recipe, side_by_side: int) -> tuple[str | None, ...]:
     return tuple(devices[k % len(devices)] for k in range(side_by_side or len(devices)))
 
 
-def _side_by_side(jobs: Sequence[Job], out: Path, outcomes: Outcomes, places: Sequence[str | None]) -> None:
+def _side_by_side(jobs: Sequence[StudyJob], out: Path, outcomes: Outcomes, places: Sequence[str | None]) -> None:
     waiting = list(jobs)
-    running: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}
+    running: dict[int, tuple[StudyJob, subprocess.Popen[bytes], float]] = {}
     with StopFlag() as flag:
         try:
             while waiting or running:
@@ -233,7 +233,7 @@ def _side_by_side(jobs: Sequence[Job], out: Path, outcomes: Outcomes, places: Se
         raise Stopped(flag.signum, f"study: stopped with {len(waiting) + len(running)} trainings to go, states saved")
 
 
-def _started(job: Job, out: Path, device: str | None, places: int) -> subprocess.Popen[bytes]:
+def _started(job: StudyJob, out: Path, device: str | None, places: int) -> subprocess.Popen[bytes]:
     file = job.file(out)
     file.parent.mkdir(parents=True, exist_ok=True)
     threads = job.recipe.data.threads or max(1, thread_count(0) // places)
@@ -253,7 +253,7 @@ def _started(job: Job, out: Path, device: str | None, places: int) -> subprocess
         )
 
 
-def _finished(job: Job, process: subprocess.Popen[bytes], out: Path, outcomes: Outcomes, *, alone: bool) -> None:
+def _finished(job: StudyJob, process: subprocess.Popen[bytes], out: Path, outcomes: Outcomes, *, alone: bool) -> None:
     log = job.file(out).with_suffix(".log")
     if process.returncode == 0 and _collect(job, out, outcomes):
         return

@@ -11,7 +11,7 @@ from fastsimclr.recipe import FinetuneConfig, Recipe, SupervisedConfig
 from fastsimclr.studies.base import Study, seeded, several
 from fastsimclr.studies.cells import Cell, Row
 from fastsimclr.studies.curves import read_curves, write_curves
-from fastsimclr.studies.jobs import Job
+from fastsimclr.studies.jobs import StudyJob
 from fastsimclr.studies.plot import panels
 from fastsimclr.studies.table import crossing, means
 
@@ -67,14 +67,14 @@ class LabelsStudy(Study):
         for seed in self.seeds_of(recipe):
             first = recipe if self.pretrainings == "one" else replace(recipe, seed=seed)
             name = "pretrain" if self.pretrainings == "one" else f"seed-{seed}/pretrain"
-            start = Job(name=name, stage="pretrain", recipe=first)
+            start = StudyJob(name=name, stage="pretrain", recipe=first)
             for fraction in sorted(self.fractions):
                 found += self._at(fraction, seeded(recipe, seed), start)
             if "supervised" in self.methods and 1.0 not in self.fractions:
                 found += replace(self, methods=("supervised",))._at(1.0, seeded(recipe, seed), start)
         return found
 
-    def _at(self, fraction: float, recipe: Recipe, start: Job) -> list[Cell]:
+    def _at(self, fraction: float, recipe: Recipe, start: StudyJob) -> list[Cell]:
         tuned, scratch = self._epochs(recipe, fraction)
         data = replace(recipe.data, label_fraction=fraction, labels_per_class=None, label_list=None)
         layer = 0 if fraction == 1 else min(recipe.finetune.head_layer, recipe.model.head_layers)
@@ -92,12 +92,12 @@ class LabelsStudy(Study):
             supervised=replace(recipe.supervised, labels="subset", **self._for(recipe.supervised, scratch)),
         )
         folder = f"fraction-{fraction:g}/seed-{recipe.seed}"
-        finetuned = Job(name=f"{folder}/finetune", stage="finetune", recipe=recipe, after=start)
+        finetuned = StudyJob(name=f"{folder}/finetune", stage="finetune", recipe=recipe, after=start)
         jobs = {
-            "linear": Job(name=f"{folder}/linear", stage="linear", recipe=recipe, after=start),
+            "linear": StudyJob(name=f"{folder}/linear", stage="linear", recipe=recipe, after=start),
             "fine-tuned": finetuned,
-            "distilled": Job(name=f"{folder}/distill", stage="distill", recipe=recipe, after=finetuned),
-            "supervised": Job(name=f"{folder}/supervised", stage="supervised", recipe=recipe),
+            "distilled": StudyJob(name=f"{folder}/distill", stage="distill", recipe=recipe, after=finetuned),
+            "supervised": StudyJob(name=f"{folder}/supervised", stage="supervised", recipe=recipe),
         }
         return [
             Cell(point={_AXIS: fraction}, method=method, seed=recipe.seed, job=jobs[method]) for method in self.methods

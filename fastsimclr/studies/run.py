@@ -12,7 +12,7 @@ from typing import Any
 from fastsimclr.recipe import Recipe, dump_recipe
 from fastsimclr.runs.text import write_text
 from fastsimclr.studies.base import Study
-from fastsimclr.studies.jobs import Job, Outcomes, in_order, places_of, run_jobs
+from fastsimclr.studies.jobs import Outcomes, StudyJob, in_order, places_of, run_jobs
 from fastsimclr.studies.table import as_csv, as_markdown, rows_of
 
 
@@ -58,7 +58,7 @@ def run_study(study: Study, recipe: Recipe, out: Path, *, world: int = 1, first:
     return text, outcomes
 
 
-def _cost(jobs: Sequence[Job], outcomes: Outcomes, side_by_side: int) -> dict[str, Any]:
+def _cost(jobs: Sequence[StudyJob], outcomes: Outcomes, side_by_side: int) -> dict[str, Any]:
     results = list(outcomes.results.values())
     return {
         "trainings": len(results),

@@ -9,7 +9,7 @@ from fastsimclr.models.resnet import Arch
 from fastsimclr.recipe import Recipe
 from fastsimclr.studies.base import Study, seeded, several
 from fastsimclr.studies.cells import Cell
-from fastsimclr.studies.jobs import Job
+from fastsimclr.studies.jobs import StudyJob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +43,13 @@ class SizeStudy(Study):
                         each = replace(seeded(recipe, seed), model=model)
                         network = f"R{arch.removeprefix('resnet')}-{width:g}x{'-SK' if kernels else ''}"
                         folder = f"{network}/seed-{seed}"
-                        start = Job(name=f"{folder}/pretrain", stage="pretrain", recipe=each)
+                        start = StudyJob(name=f"{folder}/pretrain", stage="pretrain", recipe=each)
                         jobs = {
-                            "linear": Job(name=f"{folder}/linear", stage="linear", recipe=each, after=start),
-                            "fine-tuned": Job(name=f"{folder}/finetune", stage="finetune", recipe=each, after=start),
-                            "supervised": Job(name=f"{folder}/supervised", stage="supervised", recipe=each),
+                            "linear": StudyJob(name=f"{folder}/linear", stage="linear", recipe=each, after=start),
+                            "fine-tuned": StudyJob(
+                                name=f"{folder}/finetune", stage="finetune", recipe=each, after=start
+                            ),
+                            "supervised": StudyJob(name=f"{folder}/supervised", stage="supervised", recipe=each),
                         }
                         found += [
                             Cell(point={"network": network}, method=method, seed=seed, job=job)

@@ -9,7 +9,7 @@ from typing import ClassVar
 from fastsimclr.recipe import Recipe
 from fastsimclr.studies.base import Study, seeded, several
 from fastsimclr.studies.cells import Cell
-from fastsimclr.studies.jobs import Job
+from fastsimclr.studies.jobs import StudyJob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +60,10 @@ class TransferStudy(Study):
                 )
                 folder = f"{Path(root).name}/seed-{seed}"
                 jobs = {
-                    "kNN": Job(name=f"{folder}/knn", stage="knn", recipe=each, start=self.start),
-                    "linear": Job(name=f"{folder}/linear", stage="linear", recipe=each, start=self.start),
-                    "fine-tuned": Job(name=f"{folder}/finetune", stage="finetune", recipe=each, start=self.start),
-                    "supervised": Job(name=f"{folder}/supervised", stage="supervised", recipe=each),
+                    "kNN": StudyJob(name=f"{folder}/knn", stage="knn", recipe=each, start=self.start),
+                    "linear": StudyJob(name=f"{folder}/linear", stage="linear", recipe=each, start=self.start),
+                    "fine-tuned": StudyJob(name=f"{folder}/finetune", stage="finetune", recipe=each, start=self.start),
+                    "supervised": StudyJob(name=f"{folder}/supervised", stage="supervised", recipe=each),
                 }
                 found += [
                     Cell(point={"data": Path(root).name}, method=method, seed=seed, job=job)

@@ -85,7 +85,7 @@ class Feed:
         try:
             side.claim_thread()
             for batch in batches:
-                with side:
+                with side.current():
                     shipment = replace(ship(batch, crops, runtime), shipped=side.mark())
                 if not self._put(shipment):
                     return

@@ -18,7 +18,7 @@ from fastsimclr.training.hooks import Hook
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class TrainingJob:
     """What is trained, on what, and where its state goes. Everything the loop needs that is not a setting of the loop.
 
     batches(start, stop, crops): the rank's batches for those steps; crops: their views, None where policy is None.
@@ -37,7 +37,7 @@ class Job:
     objective: Objective
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    batches: Callable[[int, int, Crops | None], Iterable[Any]]
+    batches: Callable[[int, int, Any], Iterable[Any]]
     policy: Policy | None
     batch: int
     seed: int
@@ -60,6 +60,6 @@ class Job:
             if step < stop:
                 yield stop, replace(self.policy, size=size)
 
-    def crops(self, policy: Policy | None) -> Crops | None:
-        """The views that a policy of `spans` gives of each image."""
+    def crops(self, policy: Policy | None) -> Any:
+        """The Crops of a policy of `spans`; None for None."""
         return None if policy is None else Crops(policy=policy, seed=self.seed, views=self.objective.views)

@@ -14,7 +14,7 @@ from fastsimclr.runs.text import differences, write_text
 from fastsimclr.runtime.device import Runtime
 from fastsimclr.runtime.rng_state import rng_state, set_rng_state
 from fastsimclr.training.config import TrainerConfig, bn_groups
-from fastsimclr.training.job import Job
+from fastsimclr.training.job import TrainingJob
 
 
 class TrainingState:
@@ -25,7 +25,7 @@ class TrainingState:
     micro: images of a rank per forward pass; None: all.
     """
 
-    def __init__(self, config: TrainerConfig, runtime: Runtime, job: Job) -> None:
+    def __init__(self, config: TrainerConfig, runtime: Runtime, job: TrainingJob) -> None:
         self.config, self.runtime, self.job = config, runtime, job
         self.ranks = runtime.ranks
         self.bn_groups = bn_groups(config, self.ranks)

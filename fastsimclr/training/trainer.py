@@ -23,7 +23,7 @@ from fastsimclr.runtime.malloc import freed_memory_kept
 from fastsimclr.training.config import TrainerConfig
 from fastsimclr.training.cuda_graph import GraphedStep
 from fastsimclr.training.feed import Shipment
-from fastsimclr.training.job import Job as Job
+from fastsimclr.training.job import TrainingJob as TrainingJob
 from fastsimclr.training.meter import Meter, shown
 from fastsimclr.training.state import TrainingState
 from fastsimclr.training.step import Step, parallel
@@ -34,7 +34,7 @@ NOT_FINITE = "the loss is not finite"
 class Trainer(TrainingState):
     """Runs a job from step 0, or from its newest checkpoint, to the schedule's end. Every rank runs one."""
 
-    def __init__(self, config: TrainerConfig, runtime: Runtime, job: Job) -> None:
+    def __init__(self, config: TrainerConfig, runtime: Runtime, job: TrainingJob) -> None:
         super().__init__(config, runtime, job)
         self._prepare()
 

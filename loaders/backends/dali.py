@@ -19,7 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastsimclr.loaders.backends.native import Buffers, Job, Pixels
+from fastsimclr.loaders.arrays import Pixels
+from fastsimclr.loaders.backends.native import Buffers, DecodeJob
 from fastsimclr.loaders.backends.screen import Screened, largest_batch, screened
 from fastsimclr.loaders.batch import Batch
 from fastsimclr.loaders.cut import Crops
@@ -43,7 +44,7 @@ def check_gpu() -> None:
         raise DataError("data.loader=dali_gpu needs a CUDA device, and there is none; use dali or native")
 
 
-def dali_batches(job: Job) -> Generator[Batch]:
+def dali_batches(job: DecodeJob) -> Generator[Batch]:
     """The batches of job.plan() with the crops of job.crops. DataError where DALI fails in spite of the screening."""
     assert job.crops is not None  # Loader sees to it
     on_gpu = job.config.loader == "dali_gpu"
@@ -66,7 +67,7 @@ def dali_batches(job: Job) -> Generator[Batch]:
 class _Inputs:
     """What DALI calls for the data of its next batch; it remembers which batches are on their way."""
 
-    def __init__(self, job: Job, crops: Crops, given: Iterator[Screened]) -> None:
+    def __init__(self, job: DecodeJob, crops: Crops, given: Iterator[Screened]) -> None:
         self.job, self.crops, self.given = job, crops, given
         self.waiting: deque[tuple[Screened, ViewParams, list[Any]]] = deque()
         self._error: Exception | None = None
@@ -112,7 +113,7 @@ class _Inputs:
         return result
 
 
-def _file(data: Encoded | Pixels, plain: bool, job: Job, index: int) -> npt.NDArray[np.uint8]:
+def _file(data: Encoded | Pixels, plain: bool, job: DecodeJob, index: int) -> npt.NDArray[np.uint8]:
     """A file's bytes as DALI is to see them, uint8 [bytes]."""
     if isinstance(data, np.ndarray):
         pixels = data
@@ -144,7 +145,7 @@ def _photometric(params: ViewParams, rows: slice, policy: Policy) -> list[npt.ND
     return [every[name] for name in _own_arguments(policy)]
 
 
-def _rest(params: ViewParams, job: Job) -> ViewParams:
+def _rest(params: ViewParams, job: DecodeJob) -> ViewParams:
     """The parameters without what DALI did itself, which is not to be done again."""
     if job.config.photometric == "kernel":
         return params
@@ -152,7 +153,7 @@ def _rest(params: ViewParams, job: Job) -> ViewParams:
     return replace(params, flip=none, jitter=none, grey=none, sigma=torch.zeros(len(params)), ops=params.ops - OPS)
 
 
-def _pipeline(job: Job, crops: Crops, inputs: _Inputs, largest: int, on_gpu: bool) -> Any:
+def _pipeline(job: DecodeJob, crops: Crops, inputs: _Inputs, largest: int, on_gpu: bool) -> Any:
     """A built pipeline with V outputs, uint8 [N, S, S, 3]."""
     fn, types = import_module("nvidia.dali.fn"), import_module("nvidia.dali.types")
     size = crops.policy.size

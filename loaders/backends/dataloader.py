@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastsimclr.loaders.backends.native import Ints, Job
+from fastsimclr.loaders.arrays import Ints
+from fastsimclr.loaders.backends.native import DecodeJob
 from fastsimclr.loaders.backends.screen import Screened, screened
 from fastsimclr.loaders.batch import Batch
 from fastsimclr.loaders.cut import Crops
@@ -69,7 +70,7 @@ class Views(Dataset[Tensor]):
         return Image.fromarray(decode(data, self.source.describe(owner), self.max_pixels))
 
 
-def torchvision_batches(job: Job) -> Generator[Batch]:
+def torchvision_batches(job: DecodeJob) -> Generator[Batch]:
     """The batches of job.plan() with the crops of job.crops. RuntimeError where a worker process dies."""
     assert job.crops is not None  # Loader sees to it
     given = screened(job, data=False)

@@ -8,7 +8,8 @@ from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from fastsimclr.loaders.ahead import ahead
-from fastsimclr.loaders.backends.native import AHEAD, Buffers, Ints, Pixels
+from fastsimclr.loaders.arrays import Ints, Pixels
+from fastsimclr.loaders.backends.native import AHEAD, Buffers
 from fastsimclr.loaders.batch import Batch
 from fastsimclr.loaders.cut import Crops, Sizes, cut_many
 
@@ -37,8 +38,8 @@ def cut_batches(
         job = (memory, starts[ids], those, params.crop.view(crops.views, n, 4).numpy(), cuts.numpy())
         run = max(1, -(-n // (2 * threads)))
         tasks = [pool.submit(cut_many, *job, slice(k, min(k + run, n))) for k in range(0, n, run)]
-        named = labels[ids]
-        batch = Batch.of_crops(cuts, params, ids=ids, epochs=epochs, labels=named, sizes=those, pin=False)
+        mine = labels[ids]
+        batch = Batch.of_crops(cuts, params, ids=ids, epochs=epochs, labels=mine, sizes=those, pin=False)
         return tasks, batch
 
     def finished(begun: tuple[list[Future[None]], Batch]) -> Batch:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastsimclr.loaders.backends.native import Buffers, Ints, Job, Pixels, native_batches
+from fastsimclr.loaders.arrays import Ints, Pixels
+from fastsimclr.loaders.backends.native import Buffers, DecodeJob, native_batches
 from fastsimclr.loaders.backends.screen import Screened, largest_batch, screened
 from fastsimclr.loaders.batch import Batch
 from fastsimclr.loaders.beton.reader import BetonSource
@@ -47,7 +48,7 @@ def beton_rows(source: Source) -> tuple[Path, Ints]:
     )
 
 
-def ffcv_batches(job: Job) -> Generator[Batch]:
+def ffcv_batches(job: DecodeJob) -> Generator[Batch]:
     """The batches of job.plan() with V random crops each; what FFCV raises is raised here."""
     assert job.crops is not None  # Loader sees to it
     crops, side = job.crops, job.crops.policy.size
@@ -75,7 +76,7 @@ def ffcv_batches(job: Job) -> Generator[Batch]:
         given.close()
 
 
-def _cut_natively(job: Job, found: Screened, k: int, boxes: list[list[int]], cuts: Pixels) -> None:
+def _cut_natively(job: DecodeJob, found: Screened, k: int, boxes: list[list[int]], cuts: Pixels) -> None:
     owner = int(found.owners[k])
     if (pixels := job.reader.read(owner)) is None:
         raise DataError(

@@ -13,18 +13,15 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fastsimclr.loaders.ahead import ahead
+from fastsimclr.loaders.arrays import Pixels
 from fastsimclr.loaders.backends.sharded import Peers
 from fastsimclr.loaders.faults import Reader
 from fastsimclr.loaders.shards.cache import GIB
 from fastsimclr.loaders.source import DataError
-
-Ints = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
 
 CHUNK = 64  # images decoded by one task
 

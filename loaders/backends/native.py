@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastsimclr.loaders import turbo
 from fastsimclr.loaders.ahead import ahead, delayed
+from fastsimclr.loaders.arrays import Ints, Pixels
 from fastsimclr.loaders.batch import Batch, Ragged, offsets_of
 from fastsimclr.loaders.compiled import COMPILED
 from fastsimclr.loaders.cut import Crops, copy_many, cut, cut_many
@@ -26,15 +27,13 @@ from fastsimclr.loaders.decode import Encoded, Header
 from fastsimclr.loaders.faults import Reader
 from fastsimclr.loaders.source import Source
 
-Ints = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
 T = TypeVar("T")
 
 AHEAD = 3  # batches being decoded while one is in use
 CHUNK = 32  # most images decoded by one task
 
 
-class Job(Protocol):
+class DecodeJob(Protocol):
     """What a backend reads of a loader: fastsimclr.loaders.loader.Loader."""
 
     source: Source
@@ -82,7 +81,7 @@ class Head:
     header: Header | None = None
 
 
-def native_batches(job: Job) -> Generator[Batch]:
+def native_batches(job: DecodeJob) -> Generator[Batch]:
     """The batches of job.plan(), AHEAD of them in the making; threads end with the generator."""
     pool = ThreadPoolExecutor(job.threads, thread_name_prefix="decode")
     buffers = Buffers()
@@ -93,7 +92,9 @@ def native_batches(job: Job) -> Generator[Batch]:
                 yield batch
 
 
-def chunks(pool: ThreadPoolExecutor, job: Job, n: int, task: Callable[[int, int], list[T]]) -> list[Future[list[T]]]:
+def chunks(
+    pool: ThreadPoolExecutor, job: DecodeJob, n: int, task: Callable[[int, int], list[T]]
+) -> list[Future[list[T]]]:
     """`task(start, stop)` for the rows 0 .. n - 1 in runs of CHUNK at most, begun in the pool."""
     size = max(1, min(CHUNK, -(-n // job.threads)))
     return [pool.submit(task, start, min(start + size, n)) for start in range(0, n, size)]
@@ -102,7 +103,7 @@ def chunks(pool: ThreadPoolExecutor, job: Job, n: int, task: Callable[[int, int]
 class _Opening:
     """A batch whose images' sizes are being found out: they decide where each lies and where its crops are."""
 
-    def __init__(self, job: Job, pool: ThreadPoolExecutor, buffers: Buffers, epochs: Ints, ids: Ints) -> None:
+    def __init__(self, job: DecodeJob, pool: ThreadPoolExecutor, buffers: Buffers, epochs: Ints, ids: Ints) -> None:
         self.job, self.pool, self.buffers, self.epochs, self.ids = job, pool, buffers, epochs, ids
         self._sizes = job.source.pixel_sizes
         self._tasks = [] if self._sizes is not None else chunks(pool, job, len(ids), self._open)

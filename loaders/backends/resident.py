@@ -9,20 +9,19 @@ images of a batch are exchanged (sharded.py), among those of a machine if they s
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastsimclr.loaders.arrays import Ints
 from fastsimclr.loaders.backends.decoded import cut_batches
 from fastsimclr.loaders.backends.held import DeviceRoom, HostRoom, Room, decode_into, free_bytes
-from fastsimclr.loaders.backends.native import Job
+from fastsimclr.loaders.backends.native import DecodeJob
 from fastsimclr.loaders.backends.sharded import Alone, Peers, Shards
 from fastsimclr.loaders.batch import Batch, Ragged
 from fastsimclr.loaders.data import DataConfig
@@ -31,9 +30,6 @@ from fastsimclr.loaders.faults import Damage, Reader
 from fastsimclr.loaders.shards.cache import GIB
 from fastsimclr.loaders.source import DataError, Source
 
-Ints = npt.NDArray[np.int64]
-
-LOG = logging.getLogger("fastsimclr")
 ALONE = Alone()
 SAMPLE = 256  # images whose sizes stand for all
 HEADROOM = 1.05  # on the estimate from a sample, and on a part's share
@@ -78,7 +74,7 @@ class Resident:
         """Whether crops can be cut on the CPU: the pixels of all images are there."""
         return self.shards is None and self.images.buffer.device.type == "cpu"
 
-    def batches(self, job: Job) -> Generator[Batch]:
+    def batches(self, job: DecodeJob) -> Generator[Batch]:
         """The batches of the job's plan; damaged images are left out unless others stand in, and batches of none.
 
         Of a sharded set all ranks ask for theirs in step, each for its own part of one plan, or (world 1) all for the

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from fastsimclr.loaders.ahead import ahead
-from fastsimclr.loaders.backends.native import AHEAD, Ints, Job, Pixels, chunks
+from fastsimclr.loaders.arrays import Ints, Pixels
+from fastsimclr.loaders.backends.native import AHEAD, DecodeJob, chunks
 from fastsimclr.loaders.batch import Batch
 from fastsimclr.loaders.cut import Crops
 from fastsimclr.loaders.decode import MAX_PIXELS, Encoded
@@ -71,14 +72,14 @@ class Screened:
         """The parameters of its V·N views."""
         return crops.draw(self.epochs, self.ids, self.sizes)
 
-    def batch(self, job: Job, cuts_VNSS3: Tensor, params: ViewParams) -> Batch:
+    def batch(self, job: DecodeJob, cuts_VNSS3: Tensor, params: ViewParams) -> Batch:
         """The batch of finished crops (uint8 [V, N, S, S, 3], contiguous, on any device) with their parameters."""
         labels = job.source.labels[self.owners]
         ids, epochs, sizes = self.ids, self.epochs, self.sizes
         return Batch.of_crops(cuts_VNSS3, params, ids=ids, epochs=epochs, labels=labels, sizes=sizes, pin=job.pin)
 
 
-def screened(job: Job, *, data: bool) -> Generator[Screened]:
+def screened(job: DecodeJob, *, data: bool) -> Generator[Screened]:
     """The batches of job.plan(), looked at AHEAD of their use in threads that end with the generator.
 
     data: whether the files are wanted. Damaged images are replaced or left out; batches with nothing left are skipped.
@@ -91,7 +92,7 @@ def screened(job: Job, *, data: bool) -> Generator[Screened]:
                 yield found
 
 
-def largest_batch(job: Job) -> int:
+def largest_batch(job: DecodeJob) -> int:
     """Images in the largest batch of job.plan(), which is its first; 0 where there is none."""
     return next((len(ids) for _, ids in job.plan()), 0)
 
@@ -99,7 +100,7 @@ def largest_batch(job: Job) -> int:
 class _Screen:
     """Looks at images, from any thread."""
 
-    def __init__(self, job: Job, keep: bool) -> None:
+    def __init__(self, job: DecodeJob, keep: bool) -> None:
         self.job, self.keep = job, keep
         self.known = _known(job.source, job.reader.max_pixels)
         self._verified = job.source.verified

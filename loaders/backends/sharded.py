@@ -25,13 +25,12 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastsimclr.loaders.arrays import Ints
 from fastsimclr.loaders.batch import Ragged
 
-Ints = npt.NDArray[np.int64]
 T = TypeVar("T")
 
 

@@ -9,12 +9,12 @@ from collections.abc import Generator
 import numpy as np
 import torch
 
-from fastsimclr.loaders.backends.native import Job
+from fastsimclr.loaders.backends.native import DecodeJob
 from fastsimclr.loaders.backends.screen import Screened
 from fastsimclr.loaders.batch import Batch, Ragged
 
 
-def synthetic_batches(job: Job) -> Generator[Batch]:
+def synthetic_batches(job: DecodeJob) -> Generator[Batch]:
     """The batches of job.plan(); nothing is read. An image has data.synthetic_size pixels a side, a crop its policy's.
 
     All batches share one piece of memory: pixels depend on the row in the batch alone.

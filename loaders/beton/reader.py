@@ -15,15 +15,13 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from fastsimclr.loaders.arrays import Ints, Pixels
 from fastsimclr.loaders.beton.sidecar import Sidecar, read_sidecar, sidecar_path
 from fastsimclr.loaders.beton.tables import REMEDY, read_tables
 from fastsimclr.loaders.scratch import Scratch
 from fastsimclr.loaders.sets.lists import some
 from fastsimclr.loaders.source import DataError, Source, digest
 from fastsimclr.loaders.turbo import Spans
-
-Ints = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
 
 _FILE = Scratch()
 

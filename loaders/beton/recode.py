@@ -12,14 +12,13 @@ from typing import Literal
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import simplejpeg
 
+from fastsimclr.loaders.arrays import Pixels
 from fastsimclr.loaders.beton.lossless import to_baseline
 from fastsimclr.loaders.decode import MAX_PIXELS, decode
 from fastsimclr.loaders.source import DataError
 
-Pixels = npt.NDArray[np.uint8]
 Way = Literal["verbatim", "orientation removed", "baseline", "re-encoded", "shrunk", "pixels"]
 
 cv2.setNumThreads(1)  # the threads of the packer are enough

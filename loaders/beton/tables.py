@@ -7,7 +7,6 @@ header | descriptors of the fields | one row a sample | data in pages | allocati
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastsimclr.loaders.arrays import Ints, Pixels
+from fastsimclr.loaders.log import LOG
 from fastsimclr.loaders.source import DataError
 
-Ints = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
-
-LOG = logging.getLogger("fastsimclr")
 VERSION = 2
 HEADER = np.dtype(
     [("version", "<u2"), ("fields", "<u2"), ("page_bytes", "<u4"), ("samples", "<u8"), ("allocations", "<u8")]

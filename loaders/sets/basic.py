@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastsimclr.loaders.arrays import Ints, Pixels
 from fastsimclr.loaders.order import subset_blocks
 from fastsimclr.loaders.philox import philox4x32
 from fastsimclr.loaders.source import DataError, Source, digest
 from fastsimclr.loaders.turbo import Spans
 
-Ints = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
 Sizes = npt.NDArray[np.int32]
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from fastsimclr.loaders.log import LOG
 from fastsimclr.loaders.sets.basic import FileSource, Subset
 from fastsimclr.loaders.sets.lists import read_labels_csv, read_val_labels, some
 from fastsimclr.loaders.source import DataError, Source
 
-Ints = npt.NDArray[np.int64]
-
-LOG = logging.getLogger("fastsimclr")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 

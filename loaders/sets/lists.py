@@ -9,11 +9,10 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
+from fastsimclr.loaders.arrays import Ints
 from fastsimclr.loaders.source import DataError
 
-Ints = npt.NDArray[np.int64]
 T = TypeVar("T")
 
 # First words of a heading; "imageid" is Kaggle's LOC_val_solution.csv.

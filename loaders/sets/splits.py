@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from fastsimclr.loaders.arrays import Ints
 from fastsimclr.loaders.order import epoch_order
 from fastsimclr.loaders.sets.basic import Subset
 from fastsimclr.loaders.sets.lists import read_label_list, some
 from fastsimclr.loaders.source import DataError, Source
-
-Ints = npt.NDArray[np.int64]
 
 # Epochs no run reaches, so that a split and an order of the same seed have nothing in common.
 HELD_OUT_EPOCH, LABELS_EPOCH = 0xFFFF_FFFE, 0xFFFF_FFFF

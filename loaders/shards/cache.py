@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import os
 import threading
 import time
@@ -14,12 +13,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fastsimclr.loaders.log import LOG
 from fastsimclr.loaders.shards.handles import Handles
 from fastsimclr.loaders.shards.remote import CacheError, FetchError, Remote, download, unwritable
 from fastsimclr.loaders.source import DataError
 from fastsimclr.loaders.whole import write_whole
 
-LOG = logging.getLogger("fastsimclr")
 GIB = 2**30
 POLL_S = 0.05  # how often a process looks whether another one has finished a download
 THREADS = 4  # shards fetched ahead at once

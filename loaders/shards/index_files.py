@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from fastsimclr.loaders.log import LOG
 from fastsimclr.loaders.shards.cache import ShardCache
 from fastsimclr.loaders.shards.index import (
     INDEX,
@@ -32,7 +32,6 @@ from fastsimclr.loaders.whole import write_whole
 
 T = TypeVar("T")
 
-LOG = logging.getLogger("fastsimclr")
 AT_ONCE = 8  # shards scanned or fetched at once at the start
 NOTE_S = 10.0  # how often the log tells how far that is
 

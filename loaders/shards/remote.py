@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import logging
 import os
 import random
 import re
@@ -16,11 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastsimclr.loaders.log import LOG
 from fastsimclr.loaders.source import DataError
 
 T = TypeVar("T")
 
-LOG = logging.getLogger("fastsimclr")
 PIECE = 8 << 20  # bytes of one request to an object store; a broken download goes on after the last whole piece
 FIRST_S, LONGEST_S = 0.5, 30.0  # back-off: doubled from the first wait to the longest, times 0.5 to 1.5
 SILENCE_S = 60.0  # without a byte a connection counts as broken

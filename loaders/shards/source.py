@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import shutil
 import zlib
@@ -16,6 +15,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from fastsimclr.loaders.arrays import Ints
+from fastsimclr.loaders.log import LOG
 from fastsimclr.loaders.sets.basic import Subset
 from fastsimclr.loaders.sets.lists import some
 from fastsimclr.loaders.shards.cache import GIB, ShardCache
@@ -26,9 +27,6 @@ from fastsimclr.loaders.shards.places import expand
 from fastsimclr.loaders.shards.tar import BLOCK
 from fastsimclr.loaders.source import DataError, Source
 
-Ints = npt.NDArray[np.int64]
-
-LOG = logging.getLogger("fastsimclr")
 OPEN = 64  # local shards that stay open
 
 

@@ -242,7 +242,7 @@ def test_gpu_check_without_a_gpu_says_so(
 def test_gpu_check_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check, "find_spec", lambda name: None if name == "simplejpeg" else object())
-    assert gpu_check.main([]) == 2
+    assert gpu_check.main(["--part", "speed", "--wheels", "none"]) == 2
     assert "missing simplejpeg" in capsys.readouterr().err
 
 
@@ -253,6 +253,7 @@ def test_gpu_check_and_benches_need_no_command_line_library() -> None:
         "sys.modules.update(dict.fromkeys(('jsonargparse', 'lightly')))\n"
         "import fastsimclr.bench.gpu_check, fastsimclr.bench.e2e, fastsimclr.bench.step, fastsimclr.bench.loader\n"
         "import fastsimclr.bench.loss, fastsimclr.bench.views, fastsimclr.bench.lars\n"
+        "import fastsimclr.bench.gpu.kernels, fastsimclr.bench.gpu.speed, fastsimclr.bench.gpu.training\n"
         "import fastsimclr.bench.scaling, fastsimclr.bench.scaling_rank\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=gpu_check.ROOT, capture_output=True, text=True, timeout=120)

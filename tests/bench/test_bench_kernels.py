@@ -6,7 +6,6 @@ import ast
 import json
 import math
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastsimclr.bench import calls, gpu_check, lars, loss, memory, norm, views
-from fastsimclr.bench.calls import Candidate, Work, measure_work, ratios_of
+from fastsimclr.bench.calls import Candidate, OpCase, measure_case, ratios_of
 from fastsimclr.bench.calls_table import table_of_calls
 from fastsimclr.bench.ceilings import Ceilings, measure_ceilings
 from fastsimclr.bench.compare import compare
@@ -202,8 +201,8 @@ def candidate(name: str, family: str, **changes: Any) -> Candidate:
     return Candidate(**settings | changes)
 
 
-def work(*candidates: Candidate) -> Work:
-    return Work(name="w", unit="images", items=8, bound=lambda _: (0.5, "some"), candidates=candidates)
+def work(*candidates: Candidate) -> OpCase:
+    return OpCase(name="w", unit="images", items=8, bound=lambda _: (0.5, "some"), candidates=candidates)
 
 
 def laps_of(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, list[float]]) -> list[tuple[str, int]]:
@@ -229,7 +228,7 @@ def test_turns_ratios_and_the_best_setting(monkeypatch: pytest.MonkeyPatch, quic
         candidate("c", "x", items=2),
         candidate("d", "y", rival=False),
     )
-    rows = measure_work(work(*entries), 2, 100.0, CPU)
+    rows = measure_case(work(*entries), 2, 100.0, CPU)
     # The warm-up tells how often a call fits into a round.
     assert order == [(name, 1) for name in "abcd"] + 2 * [("a", 1), ("b", 10), ("c", 5), ("d", 5)]
     a, b, c, d = rows
@@ -248,19 +247,19 @@ def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, quick: None) 
 
     huge, absent = candidate("huge", "x", needs=2**60), candidate("absent", "x", absent="makes two views only")
     entries = candidate("a", "ours"), huge, absent, candidate("broken", "x", make=broken), candidate("b", "x")
-    rows = measure_work(work(*entries), 1, 1e-6, CPU)
+    rows = measure_case(work(*entries), 1, 1e-6, CPU)
     reasons = {row["name"]: row["reason"] for row in rows if not row["rounds"]}
     assert reasons["absent"] == "makes two views only" and reasons["broken"] == "failed: no such option"
     assert reasons["huge"].startswith("needs about 1073741824.0 GiB, ") and len(reasons) == 3
     assert [r["baseline"] for r in ratios_of(rows)] == ["b"]
     with pytest.raises(ValueError, match="no such option"):
-        measure_work(work(candidate("ours", "ours", make=broken)), 1, 1e-6, CPU)
+        measure_case(work(candidate("ours", "ours", make=broken)), 1, 1e-6, CPU)
 
     def out_of_memory(make_small: Any, make: Any) -> int:
         raise MemoryError("the process ran out of memory")
 
     monkeypatch.setattr(calls, "peak_in_child", out_of_memory)
-    (row,) = measure_work(work(candidate("b", "x")), 1, 1e-6, CPU)
+    (row,) = measure_case(work(candidate("b", "x")), 1, 1e-6, CPU)
     assert row["reason"] == "the process ran out of memory"
 
 
@@ -358,7 +357,15 @@ def test_settings_are_checked(config: Callable[..., object], settings: dict[str,
 def test_gpu_check_takes_what_the_kernel_tests_import() -> None:
     kernels = gpu_check._of_kernels()
     assert kernels and len(gpu_check._marked()) >= 2
-    known = {*sys.stdlib_module_names, *gpu_check.NEEDED, "torch", "triton", "fastsimclr", "tests"}
+    known = {
+        *sys.stdlib_module_names,
+        *gpu_check.NEEDED,
+        *gpu_check.TESTS_NEED,
+        "torch",
+        "triton",
+        "fastsimclr",
+        "tests",
+    }
     for path in (*kernels, *gpu_check._marked()):
         for node in ast.walk(ast.parse(Path(path).read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -366,29 +373,25 @@ def test_gpu_check_takes_what_the_kernel_tests_import() -> None:
             assert {name.split(".")[0] for name in names} <= known, path
 
 
-def test_gpu_check_runs_the_parts_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_check, "find_spec", lambda name: object())
+def test_gpu_check_runs_the_jobs_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
     smoke = loss.bench_loss(LossBench(device="cpu", smoke=True))
-    ran: list[list[str]] = []
     asked: list[LossBench] = []
-
-    def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-        ran.append(command)
-        return subprocess.CompletedProcess(command, 0)
 
     def bench(config: LossBench) -> dict[str, Any]:
         asked.append(config)
         return smoke
 
-    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(loss, "bench_loss", bench)
-    assert gpu_check.main(["--out", str(tmp_path), "--only", "loss"]) == 0
-    assert not ran and [config.all_rows for config in asked] == [(8192, 16384, 65536)]
-    assert [path.name for path in tmp_path.iterdir()] == ["loss.json"]
-    assert gpu_check.main(["--out", str(tmp_path), "--only", "tests"]) == 0
-    assert [("-m" in command[4:]) for command in ran] == [True, False]
-    assert any(path.endswith("test_lars_fused.py") for path in ran[1])
+    rehearse = ["--device", "cpu", "--part", "speed", "--out", str(tmp_path)]
+    assert gpu_check.main([*rehearse, "--only", "loss"]) == 0
+    assert [(config.all_rows, config.smoke) for config in asked] == [((8192, 16384, 65536), True)]
+    assert {path.name for path in tmp_path.iterdir()} == {"rehearsal-loss.json", "rehearsal-speed.json"}
+    entries = json.loads((tmp_path / "rehearsal-speed.json").read_text())["entries"]
+    assert entries.keys() == {"loss"} and entries["loss"]["status"] == "ok"
+    monkeypatch.setattr(loss, "bench_loss", lambda config: 1 / 0)
+    assert gpu_check.main([*rehearse, "--only", "loss"]) == 1
+    entries = json.loads((tmp_path / "rehearsal-speed.json").read_text())["entries"]
+    assert entries["loss"]["error"] == "ZeroDivisionError: division by zero"
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastsimclr.distributed.ranks import Ranks
-from fastsimclr.evaluation.scores import Report, by_group, calibration, confusion, score
+from fastsimclr.evaluation.scores import ClassifierReport, by_group, calibration, confusion, score
 from fastsimclr.stages.measured import as_json, measured, put_confusion
 
 ALONE = Ranks()
@@ -109,7 +109,7 @@ def facts_of(classes: int, groups: tuple[str, ...] = ()) -> dict[str, Any]:
     logits, labels = drawn(300, classes, 1.0)
     plain = score(logits, labels, ALONE)
     of = torch.arange(300) % 3
-    report = Report(
+    report = ClassifierReport(
         counts_3K=plain.counts_3K,
         predicted_N=plain.predicted_N,
         confusion_P3=confusion(plain.predicted_N, labels, classes, ALONE),

@@ -9,13 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastsimclr.loaders.order import (
-    Order,
-    epoch_order,
-    quasi_order,
-    rank_positions,
-    subset_blocks,
-)
+from fastsimclr.loaders.order import Order, epoch_order, quasi_order, rank_positions, subset_blocks
 
 SEEDS = st.integers(0, 2**32 - 1)
 # Sizes of blocks: unequal, some empty, at least one image.

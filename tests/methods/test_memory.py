@@ -29,7 +29,7 @@ from fastsimclr.runtime.device import Precision, Runtime
 from fastsimclr.stages.networks import load_encoder
 from fastsimclr.training.config import TrainerConfig
 from fastsimclr.training.step import parallel
-from fastsimclr.training.trainer import Job, Trainer
+from fastsimclr.training.trainer import Trainer, TrainingJob
 from tests.methods.test_methods_ranks import Pool
 from tests.training.test_trainer import (
     BATCH,
@@ -161,7 +161,7 @@ def test_micro_batches_are_groups_of_one_batch(ranks_pool: Pool) -> None:
         assert distance(other, whole) < LIMIT
 
 
-def memory_job(run: Path, memory: int = 24, optim: OptimConfig | None = None, **changes: Any) -> Job:
+def memory_job(run: Path, memory: int = 24, optim: OptimConfig | None = None, **changes: Any) -> TrainingJob:
     """The trainer's tiny job with a memory: sixteen keys a step, so that the queue of 24 wraps."""
     optim = optim or OptimConfig(lr=2.0, warmup_epochs=0)
     objective = momentum_contrast(memory, model=TINY)

@@ -25,7 +25,7 @@ from fastsimclr.runtime.device import Runtime
 from fastsimclr.runtime.malloc import freed_memory_kept
 from fastsimclr.training.config import TrainerConfig
 from fastsimclr.training.gradient_cache import BUCKET_BYTES, _buckets, backward_in_parts
-from fastsimclr.training.trainer import Job
+from fastsimclr.training.trainer import TrainingJob
 from tests.methods.test_memory import memory_job
 from tests.training.test_trainer import BATCH, TOTAL, At, different, final, fit, job
 
@@ -128,7 +128,7 @@ def test_settings_that_do_not_fit(tmp_path: Path) -> None:
             PretrainConfig(sizes=sizes)
 
 
-def made(run: Path, kind: str) -> Job:
+def made(run: Path, kind: str) -> TrainingJob:
     """The tiny job of a kind; memory: pretraining with a queue that wraps."""
     return memory_job(run) if kind == "memory" else job(run, kind=kind)
 
@@ -147,7 +147,7 @@ def test_checkpointed_activations_change_no_bit(tmp_path: Path, kind: str) -> No
         assert different(final(tmp_path / "again")[key], final(tmp_path / "kept")[key], key) == []
 
 
-def blocks_run(given: Job) -> Counter[str]:
+def blocks_run(given: TrainingJob) -> Counter[str]:
     """How often a block runs, by encoder."""
     seen: Counter[str] = Counter()
     for name, module in given.objective.named_modules():
@@ -180,7 +180,7 @@ def test_a_compiled_encoder_and_its_momentum_copy_train_alike(tmp_path: Path, mo
 def test_views_grow_as_the_schedule_says(tmp_path: Path) -> None:
     sizes: list[int] = []
 
-    def watched(run: Path, **changes: Any) -> Job:
+    def watched(run: Path, **changes: Any) -> TrainingJob:
         given = job(run, sizes=((0.0, 4), (0.3, 6), (0.7, 8)), **changes)
         given.objective.register_forward_pre_hook(lambda _m, inputs: sizes.append(inputs[0].shape[-1]))
         return given

@@ -28,7 +28,7 @@ from fastsimclr.runtime.device import Runtime
 from fastsimclr.training.config import TrainerConfig
 from fastsimclr.training.feed import ship
 from fastsimclr.training.meter import Meter
-from fastsimclr.training.trainer import Hook, Job, Trainer
+from fastsimclr.training.trainer import Hook, Trainer, TrainingJob
 
 CPU = Runtime(device=torch.device("cpu"), precision="fp32")
 TINY = ModelConfig(arch="resnet18", width=0.125, head_layers=1, head_dim=8)
@@ -46,8 +46,8 @@ def job(
     optim: OptimConfig | None = None,
     threads: int = 1,
     **changes: Any,
-) -> Job:
-    """A tiny job of nine steps; `changes` are fields of Job."""
+) -> TrainingJob:
+    """A tiny job of nine steps; `changes` are fields of TrainingJob."""
     torch.manual_seed(0)
     objective: Objective
     if kind == "pretrain":
@@ -56,7 +56,7 @@ def job(
         objective = CrossEntropy(build_classifier(TINY, 8, 4, init="normal"))
     optim = optim or OptimConfig(lr=2.0, warmup_epochs=0)
     data = DataConfig(loader="native", threads=threads)
-    given = Job(
+    given = TrainingJob(
         stage=kind,
         run=run,
         objective=objective,
@@ -77,7 +77,7 @@ def job(
     return dataclasses.replace(given, **changes)
 
 
-def fit(given: Job, runtime: Runtime = CPU, **config: Any) -> Trainer:
+def fit(given: TrainingJob, runtime: Runtime = CPU, **config: Any) -> Trainer:
     settings = {"log_every_steps": 2, "checkpoint_every_steps": 4, "keep_checkpoints": 9, **config}
     trainer = Trainer(TrainerConfig(**settings), runtime, given)
     trainer.fit()
@@ -279,7 +279,7 @@ class Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def one_step(given: Job, runtime: Runtime) -> Callable[[], None]:
+def one_step(given: TrainingJob, runtime: Runtime) -> Callable[[], None]:
     """A train step ready to run, its batch on the device and its optimizer warmed up."""
     trainer = Trainer(TrainerConfig(), runtime, given)
     runtime.place(given.objective.train())
