@@ -65,7 +65,14 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"{VARIABLE}={folder} lacks {', '.join(missing)}; unset it or complete the folder")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups, and before -m selects by markers
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark hypothesis tests, and the tests of one process of pytest-xdist: it starts the ranks once."""
+    if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+        item.add_marker("examples")
+    if "ranks_pool" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests that need a GPU or the shared data where there is none; the summary says how many."""
     reasons: dict[str, Callable[[pytest.Item], bool]] = {}
@@ -89,18 +96,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             config.stash[LEFT_OUT][reason] = len(left_out)
             config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if item not in left_out]
-    for item in items:
-        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
-            item.add_marker("examples")
-        if "ranks_pool" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ranks"))  # one process of pytest-xdist starts the ranks, once
     items.sort(key=lambda item: (item.get_closest_marker("xdist_group") is None, item.path.name not in WAITING))
     if hasattr(config, "workeroutput"):  # a process of pytest-xdist
         config.workeroutput["left out"] = config.stash[LEFT_OUT]
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     """Leave all modules out of every later collection of garbage, of which each checkpoint makes a full one."""
+    if getattr(session.config.option, "loadgroup", False):  # a process of pytest-xdist under --dist loadgroup
+        single = [
+            item.nodeid for item in session.items if item.get_closest_marker("xdist_group") and "@" not in item.nodeid
+        ]
+        if single:
+            raise pytest.UsageError(f"this pytest-xdist does not group {single[0]}; use another version of pytest")
     import torch._dynamo  # noqa: F401  # the first optimizer would
 
     gc.collect()

@@ -90,7 +90,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     seconds = processor_seconds() - item.stash[_started] - item.stash[_shared]
     report.user_properties.append((KEY, seconds))
     limit = item.config.getoption("--processor-limit")
-    exempt = item.get_closest_marker("slow") is not None or item.nodeid.partition("[")[0] in EXCEPTIONS
+    exempt = (
+        item.get_closest_marker("slow") is not None or item.nodeid.partition("@")[0].partition("[")[0] in EXCEPTIONS
+    )
     if limit is not None and seconds > limit and not exempt and report.passed:
         report.outcome = "failed"
         report.longrepr = (

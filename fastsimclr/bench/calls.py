@@ -11,7 +11,7 @@ import torch
 
 from fastsimclr.bench.ceilings import Ceilings, measure_ceilings
 from fastsimclr.bench.memory import Call, free_memory, peak_in_child, peak_on_gpu
-from fastsimclr.bench.record import LOG, Report, Round, frame, spread
+from fastsimclr.bench.record import Report, Round, frame, logger, spread
 from fastsimclr.loaders.shards.cache import GIB
 from fastsimclr.runtime.device import Runtime
 
@@ -113,7 +113,7 @@ def measure_case(work: OpCase, rounds: int, round_ms: float, device: torch.devic
                 raise
             reasons[candidate.name] = f"failed: {_first_line(error)}"
         if candidate.name in reasons:
-            LOG.info("%s: %s", candidate.name, reasons[candidate.name])
+            logger.info("%s: %s", candidate.name, reasons[candidate.name])
     running = [candidate for candidate in work.candidates if candidate.name in calls]
     turns: dict[str, list[Round]] = {candidate.name: [] for candidate in running}
     counts = dict.fromkeys(turns, 1)
@@ -135,7 +135,7 @@ def measure_case(work: OpCase, rounds: int, round_ms: float, device: torch.devic
             if turn == 0:
                 counts[candidate.name] = max(1, min(_MOST_CALLS, round(round_ms / 1e3 / each)))
             what = f"round {turn} of {rounds}" if turn else "warm-up"
-            LOG.info("%s: %s: %s: %.4g ms a call", work.name, what, candidate.name, 1e3 * each)
+            logger.info("%s: %s: %s: %.4g ms a call", work.name, what, candidate.name, 1e3 * each)
     rows = [
         _row(work, candidate, turns[candidate.name], *calls[candidate.name][1:])
         if candidate.name not in reasons
@@ -165,7 +165,7 @@ def _ready(candidate: Candidate, device: torch.device) -> tuple[Call, Timed, int
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # it waits for the device somewhere, for example
-            LOG.info("%s: no CUDA graph holds it: %s", candidate.name, _first_line(error))
+            logger.info("%s: no CUDA graph holds it: %s", candidate.name, _first_line(error))
             timed = "events"
     torch.cuda.empty_cache()
     return call, timed, peak

@@ -15,7 +15,7 @@ import torch
 from fastsimclr.bench import ours
 from fastsimclr.bench.configs import CurveBench
 from fastsimclr.bench.files import open_files
-from fastsimclr.bench.record import LOG, Report, frame
+from fastsimclr.bench.record import Report, frame, logger
 from fastsimclr.loaders import DataConfig, Source, TrainLoader
 from fastsimclr.methods import Contrastive
 from fastsimclr.models import ModelConfig, build_simclr
@@ -52,7 +52,7 @@ def bench_curve(config: CurveBench) -> Report:
         curves = {}
         for name, runtime, seed in runs:
             curves[name] = losses_of(config, runtime, source, seed)
-            LOG.info("%s: loss %.4f to %.4f", name, curves[name][0], statistics.mean(curves[name][-WINDOW:]))
+            logger.info("%s: loss %.4f to %.4f", name, curves[name][0], statistics.mean(curves[name][-WINDOW:]))
     first, near, *others = curves.values()
     distance, noise = _distance(near, first), [_distance(other, first) for other in others]
     checks = {

@@ -15,7 +15,7 @@ from fastsimclr.bench import baseline, loop, watched
 from fastsimclr.bench.files import Files, LabelledFiles, data_loader, open_files
 from fastsimclr.bench.flops import HOW, measure_training
 from fastsimclr.bench.ours import Batches, policy_of
-from fastsimclr.bench.record import LOG, Contestant, Report, report, seconds_an_image, spread
+from fastsimclr.bench.record import Contestant, Report, logger, report, seconds_an_image, spread
 from fastsimclr.bench.step import check_mode, named
 from fastsimclr.bench.trace import trace
 from fastsimclr.bench.training_configs import E2eBench
@@ -50,7 +50,7 @@ def bench_e2e(config: E2eBench) -> Report:
         checks = {"images": what} | loop.same_work(config)
         rates = {workers: _rate(_theirs(config, source, plain, workers, "")) for workers in config.workers}
         workers = max(rates, key=lambda key: rates[key])
-        LOG.info("%s takes %d workers: images/s by number of workers %s", loop.title(config.stage), workers, rates)
+        logger.info("%s takes %d workers: images/s by number of workers %s", loop.title(config.stage), workers, rates)
         checks["baseline's images/s by workers, one round"] = rates
         ours = _Ours(config, source, held, round(setup_s, 3))
         entries = [ours.trained(auto, loader) for loader in config.loaders]

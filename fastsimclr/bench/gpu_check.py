@@ -86,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _part(options: argparse.Namespace, missing: list[str], tiny: bool, begin: float) -> int:
     """Run one part; see main."""
-    from fastsimclr.runtime.device import Runtime, environment
+    from fastsimclr.runtime.device import Runtime
+    from fastsimclr.runtime.environment import environment
 
     device, out, part = torch.device(options.device), options.out, options.part
     head: Entry = {"part": part, "kind": device.type, "budget_s": options.budget}

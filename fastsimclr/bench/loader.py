@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 from fastsimclr.bench import rivals
 from fastsimclr.bench.configs import LoaderBench
 from fastsimclr.bench.files import Files, open_files
-from fastsimclr.bench.record import LAST, LOG, Contestant, Report, Round, Stopwatch, frame, measure, spread
+from fastsimclr.bench.record import LAST, Contestant, Report, Round, Stopwatch, frame, logger, measure, spread
 from fastsimclr.loaders import (
     BetonSource,
     BetonWriter,
@@ -156,7 +156,7 @@ class _Set:
     def _best(self, name: str, rivalled: str, streams: dict[str, rivals.Stream]) -> None:
         """Add a baseline at the quickest of its settings."""
         setting, stream, seconds = rivals.quickest(streams, TRIED)
-        LOG.info("%s: %s; seconds by setting %s", name, setting, seconds)
+        logger.info("%s: %s; seconds by setting %s", name, setting, seconds)
         self.entries.add(name, 2, stream, rivalled, setting=setting, tried_s=seconds, threads=self.threads)
 
     def _ours(self, crops: bool) -> Iterator[Any]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fastsimclr.bench.machine import clocks, machine
-from fastsimclr.runs.log import logger as LOG
+from fastsimclr.runs.log import logger as logger
 from fastsimclr.runs.text import write_text
 from fastsimclr.runtime.device import Runtime
 from fastsimclr.runtime.environment import environment
@@ -123,7 +123,7 @@ def measure(contestants: Sequence[Contestant], rounds: int, device: torch.device
             if device.type == "cuda":
                 peaks[index] = max(peaks[index], torch.cuda.max_memory_allocated(device))
             what = f"round {turn} of {rounds}" if turn else "warm-up"
-            LOG.info("%s: %s: %.1f images/s", what, contestant.name, done.images / done.seconds)
+            logger.info("%s: %s: %.1f images/s", what, contestant.name, done.images / done.seconds)
     return [_row(*each) for each in zip(contestants, turns, peaks, prepared, strict=True)]
 
 

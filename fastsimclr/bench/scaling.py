@@ -17,7 +17,7 @@ import torch
 
 import fastsimclr
 from fastsimclr.bench.flops import HOW
-from fastsimclr.bench.record import LOG, Report, frame, seconds_an_image, spread
+from fastsimclr.bench.record import Report, frame, logger, seconds_an_image, spread
 from fastsimclr.bench.scaling_rank import ALL, ERROR
 from fastsimclr.bench.step import check_mode
 from fastsimclr.bench.training_configs import ScalingBench
@@ -66,7 +66,7 @@ def bench_scaling(config: ScalingBench) -> Report:
 
 def _measured(config: ScalingBench, world: int) -> dict[str, Any]:
     """What fastsimclr.bench.scaling_rank writes, run by `world` ranks."""
-    LOG.info("ranks=%d", world)
+    logger.info("ranks=%d", world)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     root = str(Path(fastsimclr.__file__).resolve().parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])

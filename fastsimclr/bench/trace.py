@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastsimclr.bench.record import LOG, Contestant
+from fastsimclr.bench.record import Contestant, logger
 
 
 def trace(contestant: Contestant, path: Path, device: torch.device) -> str:
@@ -22,5 +22,5 @@ def trace(contestant: Contestant, path: Path, device: torch.device) -> str:
         done = contestant.run()
     path.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(path))
-    LOG.info("trace of %s: %s", contestant.name, path)
+    logger.info("trace of %s: %s", contestant.name, path)
     return f"{path} is a Chrome trace of {len(done.step_s)} further steps of {contestant.name}, which do not count"

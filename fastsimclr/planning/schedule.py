@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from fastsimclr.methods.config import Labels
 from fastsimclr.models import ModelConfig
 from fastsimclr.planning.estimate import StepPlan, StepTime, counted_for, step_time
 from fastsimclr.planning.hardware import Cluster, PlanOptions
 from fastsimclr.planning.rates import Rates
 from fastsimclr.planning.work import Work
-from fastsimclr.recipe import Labels, Recipe
+from fastsimclr.recipe import Recipe
 
 # Training images, labelled ones among them, validation images, classes.
 SETS = {

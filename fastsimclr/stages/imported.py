@@ -11,9 +11,10 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 
 from fastsimclr.loaders import Policy
+from fastsimclr.methods.config import FinetuneConfig, PretrainConfig
 from fastsimclr.models import ModelConfig, count_parameters
 from fastsimclr.models.google import GoogleNet, Weights, read_google
-from fastsimclr.recipe import FinetuneConfig, PretrainConfig, Recipe, dump_recipe
+from fastsimclr.recipe import Recipe, dump_recipe
 from fastsimclr.runs import checkpoint
 from fastsimclr.runs.text import write_text
 from fastsimclr.stages.networks import digest, network_facts

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from fastsimclr.evaluation.config import EvaluateConfig
 from fastsimclr.loaders import DataError, label_subset
 from fastsimclr.loaders.sets.splits import counts_of
+from fastsimclr.methods.config import Labels
 from fastsimclr.models import ModelConfig
-from fastsimclr.recipe import EvaluateConfig, Labels, Recipe, changes, dump_recipe
+from fastsimclr.recipe import Recipe, changes, dump_recipe
 from fastsimclr.runs.log import logger
 from fastsimclr.runs.text import write_text
 from fastsimclr.stages.classifiers import finetune

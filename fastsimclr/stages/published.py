@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from fastsimclr.methods.config import Labels
 from fastsimclr.models import ModelConfig
 from fastsimclr.models.foreign import wordnet_ids
-from fastsimclr.recipe import Labels, StageName
+from fastsimclr.recipe import StageName
 from fastsimclr.stages.setting import Setting
 
 Dataset = Literal["ImageNet", "CIFAR-10"]

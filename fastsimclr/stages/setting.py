@@ -35,7 +35,8 @@ from fastsimclr.loaders import (
     open_data,
     thread_count,
 )
-from fastsimclr.recipe import Labels, Recipe, dump_recipe
+from fastsimclr.methods.config import Labels
+from fastsimclr.recipe import Recipe, dump_recipe
 from fastsimclr.runs.log import logger
 from fastsimclr.runs.text import differences
 from fastsimclr.runtime.device import choose_runtime

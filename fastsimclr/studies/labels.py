@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from fastsimclr.recipe import FinetuneConfig, Recipe, SupervisedConfig
+from fastsimclr.methods.config import FinetuneConfig, SupervisedConfig
+from fastsimclr.recipe import Recipe
 from fastsimclr.studies.base import Study, seeded, several
 from fastsimclr.studies.cells import Cell, Row
 from fastsimclr.studies.curves import read_curves, write_curves

@@ -16,13 +16,14 @@ from PIL import Image
 
 from fastsimclr import stages
 from fastsimclr.distributed.ranks import Ranks
+from fastsimclr.evaluation.config import LinearConfig
 from fastsimclr.evaluation.features import Features, extract, raw_pixels
 from fastsimclr.evaluation.knn import knn
 from fastsimclr.evaluation.logistic import logistic_regression
 from fastsimclr.evaluation.scores import by_group, calibration, confusion, score
 from fastsimclr.loaders import DataConfig, EvalLoader, Policy
 from fastsimclr.loaders.sets.folder import open_folder
-from fastsimclr.recipe import LinearConfig, Recipe, parse_recipe
+from fastsimclr.recipe import Recipe, parse_recipe
 from fastsimclr.runtime.device import Runtime
 from tests.smoke import SmokeRun
 

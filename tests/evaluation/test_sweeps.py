@@ -15,12 +15,13 @@ from torch import nn
 
 from fastsimclr import stages
 from fastsimclr.cli.main import main
+from fastsimclr.evaluation.config import LinearConfig
 from fastsimclr.evaluation.features import Features, extract
 from fastsimclr.loaders import DataError, Relabelled, Source
 from fastsimclr.methods import CrossEntropy, LinearSweep, Objective
 from fastsimclr.models import Classifier, ClassifierNet, ModelConfig, ProjectionHead, build_encoder
 from fastsimclr.optim import HeadSetting, OptimConfig, build_optimizer, set_lr
-from fastsimclr.recipe import LinearConfig, parse_recipe
+from fastsimclr.recipe import parse_recipe
 from fastsimclr.stages import Setting, evaluation
 from fastsimclr.stages.networks import load_classifier, load_encoder
 from fastsimclr.stages.training import classifier_score

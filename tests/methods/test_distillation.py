@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from fastsimclr.cli.main import main
 from fastsimclr.distributed.ranks import Ranks
 from fastsimclr.evaluation.features import extract
+from fastsimclr.methods.config import DistillConfig
 from fastsimclr.methods.distillation import Distillation, Ensemble, RecordedDistillation
 from fastsimclr.models import ModelConfig
 from fastsimclr.models.foreign import ForeignNet, load_foreign
-from fastsimclr.recipe import DistillConfig, parse_recipe
+from fastsimclr.recipe import parse_recipe
 from fastsimclr.runs import checkpoint
 from fastsimclr.stages import Setting, protocols
 from fastsimclr.stages.chain import STAGES

@@ -21,9 +21,10 @@ from fastsimclr.cli.main import CONFIGS, main
 from fastsimclr.distributed.ranks import Ranks
 from fastsimclr.kernels.nt_xent import fused, packing
 from fastsimclr.methods import MomentumContrast
+from fastsimclr.methods.config import PretrainConfig
 from fastsimclr.models import ModelConfig, average_running_statistics, build_simclr
 from fastsimclr.optim import OptimConfig, build_optimizer
-from fastsimclr.recipe import PretrainConfig, Recipe, parse_recipe
+from fastsimclr.recipe import Recipe, parse_recipe
 from fastsimclr.runs import checkpoint
 from fastsimclr.runtime.device import Precision, Runtime
 from fastsimclr.stages.networks import load_encoder

@@ -15,8 +15,9 @@ from PIL import Image
 
 from fastsimclr import stages
 from fastsimclr.cli.main import main
+from fastsimclr.evaluation.config import EvaluateConfig
 from fastsimclr.loaders import DataError
-from fastsimclr.recipe import EvaluateConfig, Recipe, changes, dump_recipe, parse_recipe
+from fastsimclr.recipe import Recipe, changes, dump_recipe, parse_recipe
 from fastsimclr.stages import protocols
 from tests.smoke import SmokeRun
 

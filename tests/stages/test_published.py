@@ -9,8 +9,9 @@ import numpy as np
 from torchvision.models import ResNet50_Weights
 
 from fastsimclr.loaders import ArraySource
+from fastsimclr.methods.config import Labels
 from fastsimclr.models import ModelConfig
-from fastsimclr.recipe import Labels, Recipe, parse_recipe
+from fastsimclr.recipe import Recipe, parse_recipe
 from fastsimclr.stages import result_lines
 from fastsimclr.stages.published import PUBLISHED, beside, dataset_of, fitting
 

@@ -13,9 +13,10 @@ import torch
 from fastsimclr import stages
 from fastsimclr.distributed.ranks import Ranks
 from fastsimclr.loaders import DataConfig, Policy
+from fastsimclr.methods.config import SupervisedConfig
 from fastsimclr.models import ModelConfig
 from fastsimclr.optim import OptimConfig
-from fastsimclr.recipe import Recipe, SupervisedConfig
+from fastsimclr.recipe import Recipe
 from fastsimclr.runtime.device import Runtime
 
 Pool = Callable[..., list[Any]]

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fastsimclr.methods import Contrastive
+from fastsimclr.methods.config import PretrainConfig
 from fastsimclr.models import BatchNorm, ModelConfig, ResNet, build_simclr, statistics_of
 from fastsimclr.optim import OptimConfig
-from fastsimclr.recipe import PretrainConfig
 from fastsimclr.runs.checkpoint import CheckpointError
 from fastsimclr.runtime.device import Runtime
 from fastsimclr.runtime.malloc import freed_memory_kept

@@ -85,7 +85,7 @@ class Sheet:
             gc.collect()
             if any(text in self.entries[job.name].get("error", "") for text in BROKEN):
                 return [other.name for other in jobs[number + 1 :]]
-            if torch.cuda.is_initialized():
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 torch.cuda.empty_cache()
         return []
 

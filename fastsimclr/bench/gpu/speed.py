@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastsimclr.bench import lars, loss, norm, views
-from fastsimclr.bench.calls import Candidate, Work, measure_work
+from fastsimclr.bench.calls import Candidate, OpCase, measure_case
 from fastsimclr.bench.calls_table import table_of_calls
 from fastsimclr.bench.ceilings import Ceilings, measure_ceilings
 from fastsimclr.bench.configs import LarsBench, LoaderBench, LossBench, NormBench, ViewsBench
@@ -22,7 +22,7 @@ from fastsimclr.bench.loader import bench_loader
 from fastsimclr.bench.record import Report, write
 from fastsimclr.bench.step import bench_step
 from fastsimclr.bench.table import table
-from fastsimclr.bench.training_configs import E2eBench, StepBench
+from fastsimclr.bench.training_configs import E2eBench, Mode, StepBench
 
 MAPS = dict((name, tuple(kind)) for name, *kind in norm.MAPS)
 
@@ -44,8 +44,8 @@ def roofline(device: torch.device, make: Callable[[], Any], items: int, *, moved
     top = ceilings(device)
     bound_s, bound = top.loss_s(m, 128) if m else (top.bytes_s(moved), "bytes, as a copy")
     ours = Candidate(name="ours", family="ours", make=make, make_small=make, items=items)
-    work = Work(name="roofline", unit="items", items=items, bound=lambda _: (bound_s, bound), candidates=(ours,))
-    (row,) = measure_work(work, 3, 100.0 if device.type == "cuda" else 1.0, device)
+    work = OpCase(name="roofline", unit="items", items=items, bound=lambda _: (bound_s, bound), candidates=(ours,))
+    (row,) = measure_case(work, 3, 100.0 if device.type == "cuda" else 1.0, device)
     kept = {key: row[key] for key in ("ms", "per_s", "peak_memory_mib", "timed_by")}
     needs = {"flops": 6 * m * m * 128, "exps": 2 * m * m} if m else {"bytes": moved}
     return kept | needs | {"bound_ms": 1e3 * bound_s, "bound": bound, "share_pct": 1e5 * bound_s / row["ms"]["median"]}
@@ -73,7 +73,7 @@ def _rooflines(device: torch.device, tiny: bool) -> list[Job]:
         divisor, channels, residual = MAPS[name]
         side = 2 if tiny else -(-224 // divisor)
         shape = (n, 16 if tiny else channels, side, side)
-        made = partial(norm.make, "ours", shape, residual=residual, dtype="bf16", device=place, seed=0)
+        made = partial(norm.make, "ours", shape, residual=bool(residual), dtype="bf16", device=place, seed=0)
         return roof(made, n, moved=(10 if residual else 8) * 2 * n * shape[1] * side * side)
 
     large = ViewsBench(size=24, side=32) if tiny else ViewsBench()
@@ -98,7 +98,8 @@ def _rooflines(device: torch.device, tiny: bool) -> list[Job]:
 
 def jobs(device: torch.device, tiny: bool, out: Path, images: str | None) -> list[Job]:
     """The rooflines, then the benches, most important first, each with a report in `out`. tiny: a rehearsal."""
-    place, modes = str(device), ("eager", "compile", "graph") if device.type == "cuda" else ("eager",)
+    place = str(device)
+    modes: tuple[Mode, ...] = ("eager", "compile", "graph") if device.type == "cuda" else ("eager",)
     loaders = ("resident", "native", *(["dali_gpu"] if find_spec("nvidia") and find_spec("nvidia.dali") else []))
     step = partial(StepBench, device=place, smoke=tiny, modes=modes)
     r50 = partial(step, arch="resnet50", size=224, steps=12)

@@ -15,7 +15,7 @@ from fastsimclr.bench.gpu.record import Entry, Job, Sheet, Size
 from fastsimclr.bench.ours import HEAD_DIM, HEAD_LAYERS, TEMPERATURE, job_of, policy_for
 from fastsimclr.evaluation.features import extract
 from fastsimclr.evaluation.knn import knn
-from fastsimclr.loaders import Batch, DataConfig, EvalLoader, Source, TrainLoader, hold, open_data
+from fastsimclr.loaders import Batch, Crops, DataConfig, EvalLoader, Source, TrainLoader, choose_place, open_data
 from fastsimclr.methods import Contrastive
 from fastsimclr.models import ModelConfig, build_simclr
 from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
@@ -23,6 +23,7 @@ from fastsimclr.runs import checkpoint
 from fastsimclr.runs.stop import Stopped
 from fastsimclr.runtime.device import Runtime
 from fastsimclr.training.config import TrainerConfig
+from fastsimclr.training.hooks import Hook
 from fastsimclr.training.trainer import Trainer
 
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))  # mean and deviation of the channels
@@ -49,13 +50,12 @@ def data_of(images: str | None) -> DataConfig:
     return DataConfig(source="beton" if packed else "folder", root=images, loader="resident")
 
 
-class Probe:
-    """A trainer's hook: kNN every few steps, written to the sheet, and a stop when the time is used up."""
+class Probe(Hook):
+    """kNN every few steps, written to the sheet, and a stop when the time is used up."""
 
-    kind = "probe"
-
-    def __init__(self, sheet: Sheet, every: int, measure: Any) -> None:
-        self._sheet, self._every, self._measure = sheet, every, measure
+    def __init__(self, sheet: Sheet, every_steps: int, measure: Any) -> None:
+        super().__init__(every_steps)
+        self._sheet, self._measure = sheet, measure
         self.history: list[Entry] = []
 
     def due(self, step: int) -> bool:
@@ -63,7 +63,7 @@ class Probe:
         if self._sheet.left_s < SPARE_S:
             signal.raise_signal(signal.SIGTERM)
             return False
-        return step % self._every == 0
+        return super().due(step)
 
     def __call__(self, step: int) -> None:
         """Measure and write."""
@@ -75,7 +75,9 @@ def train(sheet: Sheet, runtime: Runtime, run: Path, images: str | None, recipe:
     """Train from the newest checkpoint in `run`, or from the start, until the end or until the time is used up."""
     data = data_of(images)
     splits = open_data(data)
-    resident = {id(source): hold(source, data, runtime.device) for source in (splits.unlabelled, splits.val)}
+    resident = {
+        id(source): choose_place(source, data, runtime.device).fill() for source in (splits.unlabelled, splits.val)
+    }
     torch.manual_seed(0)
     model = ModelConfig(arch="resnet18", width=recipe.width, head_layers=HEAD_LAYERS, head_dim=HEAD_DIM)
     network = build_simclr(model, 32)
@@ -86,12 +88,20 @@ def train(sheet: Sheet, runtime: Runtime, run: Path, images: str | None, recipe:
         count, recipe.epochs, recipe.batch, optim.warmup_epochs, optim.peak_lr(recipe.batch)
     )
     policy, pin = replace(policy_for(32), normalise=CIFAR), runtime.device.type == "cuda"
-    flat = replace(policy, crop="centre", flip=0.0, jitter=0.0, grey=0.0)
+    flat = replace(policy.plain(), crop="centre", flip=0.0)
 
-    def batches(start: int, stop: int) -> Iterable[Batch]:
+    def batches(start: int, stop: int, crops: Crops) -> Iterable[Batch]:
         held = resident[id(splits.unlabelled)]
         return TrainLoader(
-            splits.unlabelled, data, batch=recipe.batch, seed=0, start=start, stop=stop, resident=held, pin=pin
+            splits.unlabelled,
+            data,
+            batch=recipe.batch,
+            seed=0,
+            start=start,
+            stop=stop,
+            crops=crops,
+            resident=held,
+            pin=pin,
         )
 
     def features(source: Source) -> Any:
