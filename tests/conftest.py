@@ -34,7 +34,7 @@ REQUIRE = "FASTSIMCLR_REQUIRE_LOADERS"
 FILES = ("cifar10-jpeg.tar.xz", "google-simclr-oracle.npz", "imagenet-samples.tar", "tf-checkpoints.tar.xz")
 WAITING = ("test_nodes.py", "test_torchrun.py", "test_slurm.py", "test_resume.py")
 """They start processes and wait for them: first, so that they do not stand alone at the end."""
-pytest_plugins = ["tests.processor_time", "tests.smoke"]
+pytest_plugins = ["tests.processor_time", "tests.smoke", "tests.made_runs"]
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 # Where there is no GPU the fused kernels run in Triton's interpreter, which must be chosen before triton is imported.
@@ -49,6 +49,10 @@ docstring_parser.parse_from_object = functools.cache(docstring_parser.parse_from
 for profile, examples in (("quick", 30), ("thorough", 300)):
     hypothesis.settings.register_profile(profile, max_examples=examples, deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("quick")
+# The first use of a device as a context keeps the factories of that moment, among them a torch.empty that some test has
+# patched: it would then leave the true one alone for the rest of the process.
+with torch.device("meta"):
+    torch.empty(1)
 # Two threads at most, so that sums have one order on machines of any size; OMP_NUM_THREADS=1 is kept.
 THREADS = min(2, torch.get_num_threads())
 torch.set_num_threads(THREADS)

@@ -39,6 +39,7 @@ def without_lightly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baseline, "find_spec", lambda name: None)
 
 
+@pytest.mark.slow
 def test_loader_on_real_files(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     for index in range(20):

@@ -111,7 +111,7 @@ def test_a_wrong_norm_gets_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     def unbiased(x: Tensor, *rest: Any) -> Tensor:
         return norm.eager(x, *rest) * (1 - 1 / x[:, 0].numel()) ** 0.5
 
-    monkeypatch.setitem(norm.FORMS, "torch", norm.Form(family="torch", build=lambda: unbiased))
+    monkeypatch.setitem(norm.FORMS, "torch", norm.NormForm(family="torch", build=lambda: unbiased))
     words, fault = norm._verdict("torch", "fp32", "cpu", 0)
     assert fault == words and "bound 1e-04" in words
 
@@ -166,8 +166,8 @@ def with_diagonal(x: Tensor, temperature: float) -> Tensor:
 
 
 def test_a_wrong_loss_gets_no_ratio(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
-    wrong = loss.Form(family="plain torch", build=lambda: with_diagonal, bound=loss.FULL)
-    raising = loss.Form(family="lightly", build=lambda: 1 / 0, bound=loss.FULL)  # type: ignore[arg-type, return-value]
+    wrong = loss.LossForm(family="plain torch", build=lambda: with_diagonal, bound=loss.FULL)
+    raising = loss.LossForm(family="lightly", build=lambda: 1 / 0, bound=loss.FULL)  # type: ignore[arg-type, return-value]
     forms = {"ours": loss.FORMS["ours"], "wrong": wrong, "raising": raising, "right": loss.FORMS["plain torch float32"]}
     monkeypatch.setattr(loss, "FORMS", forms)
     monkeypatch.setattr(loss, "find_spec", lambda name: object())
@@ -183,10 +183,12 @@ def test_a_wrong_step_and_wrong_views_get_no_ratio(monkeypatch: pytest.MonkeyPat
         step = lars.plain(t, variant, lr)
         return lambda: (step(), step())
 
-    monkeypatch.setitem(lars.FORMS, "plain torch, tensor after tensor", lars.Form(family="plain torch", build=twice))
+    monkeypatch.setitem(
+        lars.FORMS, "plain torch, tensor after tensor", lars.LarsForm(family="plain torch", build=twice)
+    )
     stepped = lars.bench_lars(LarsBench(device="cpu", smoke=True, variant="lightly"))
     assert {r["baseline"] for r in stepped["ratios"]} == ({"lightly"} if LIGHTLY else set())
-    black = views.Form(
+    black = views.ViewsForm(
         family="torchvision", build=lambda config, count, device: lambda: torch.zeros(2 * count, 3, 16, 16)
     )
     monkeypatch.setitem(views.FORMS, "torchvision on tensors", black)

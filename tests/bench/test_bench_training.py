@@ -19,7 +19,7 @@ from fastsimclr.bench.flops import flops_per_image, peak_flops
 from fastsimclr.bench.record import LAST
 from fastsimclr.bench.scaling import bench_scaling
 from fastsimclr.bench.step import bench_step, synthetic
-from fastsimclr.bench.training_configs import E2eBench, ScalingBench, Stage, StepBench
+from fastsimclr.bench.training_configs import E2eBench, ScalingBench, StepBench, TrainingStage
 from fastsimclr.cli.main import main
 from fastsimclr.loaders import open_data
 from fastsimclr.runtime.device import choose_runtime
@@ -85,7 +85,7 @@ def test_step_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("stage", [pytest.param("linear", marks=pytest.mark.slow), "finetune"])
-def test_step_of_stages_with_one_view(stage: Stage) -> None:
+def test_step_of_stages_with_one_view(stage: TrainingStage) -> None:
     result = bench_step(StepBench(device="cpu", smoke=True, stage=stage))
     check_report(result, "step", views=1)
     mine, other = result["rows"][0], result["rows"][2]
@@ -99,7 +99,7 @@ def test_step_of_stages_with_one_view(stage: Stage) -> None:
     assert mine["flops_per_image"] == bench_flops(stage)
 
 
-def bench_flops(stage: Stage) -> int:
+def bench_flops(stage: TrainingStage) -> int:
     objective = ours.objective_of(StepBench(stage=stage, size=16))
     return flops_per_image(ours.networks_of(objective), 16, objective.views)
 

@@ -70,6 +70,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(rf"^    {command}  +\w", out, re.M)
 
 
+@pytest.mark.slow
 def test_the_printed_recipe_is_a_recipe_for_every_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     printed: dict[str, str] = {}  # text: a command that printed it
     for command in STAGES:
@@ -92,7 +93,16 @@ def test_demo_is_the_digits_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert yaml.safe_load(demo)["data"]["labels_per_class"] == 2
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+FAST = ("digits.yaml", "folder.yaml", "v2-paper.yaml")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.name, marks=() if path.name in FAST else pytest.mark.slow)
+        for path in sorted(CONFIGS.glob("*.yaml"))
+    ],
+)
 def test_every_recipe_parses_and_comes_back(capsys: pytest.CaptureFixture[str], path: Path) -> None:
     recipe = parse_recipe(path.read_text())
     assert parse_recipe(dump_recipe(recipe)) == recipe

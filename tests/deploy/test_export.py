@@ -106,6 +106,7 @@ def loaded(arch: str, state: dict[str, Tensor], classes: int = 1000) -> torchvis
     return network.eval()
 
 
+@pytest.mark.slow
 def test_torchvision_gives_the_same_logits(make_run: MakeRun, photos: Path, tmp_path: Path) -> None:
     run = make_run("distill", ModelConfig(arch="resnet18"), 64, CLASSES)
     path = exported(run, "torchvision", tmp_path / "w.pt")
@@ -172,6 +173,7 @@ class Small(torch.nn.Module):
         return logits
 
 
+@pytest.mark.slow
 def test_onnx_normalises_and_takes_any_number_of_images(tmp_path: Path, randomise: Any) -> None:
     network, path = randomise(Small(), 2).eval(), tmp_path / "w.onnx"
     images = torch.rand(5, 3, 9, 9, generator=torch.Generator().manual_seed(0))

@@ -180,6 +180,7 @@ def by_one(pretrained: Path, recipe: Recipe, tmp_path_factory: pytest.TempPathFa
     return stages_on(Ranks(), recipe, pretrained, tmp_path_factory.mktemp("one"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_stages_by_many_ranks_are_those_of_one(
     ranks_pool: Pool, pretrained: Path, recipe: Recipe, by_one: dict[str, Any], tmp_path: Path, world: int

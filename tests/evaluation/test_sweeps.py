@@ -135,6 +135,7 @@ def test_the_held_out_part_is_of_each_class_and_apart(pretrained: Path, monkeypa
         evaluation._held_out(lonely, lonely.labelled("subset"))
 
 
+@pytest.mark.slow
 def test_logistic_regression_chooses_as_scikit_learn_and_fits_all_again(pretrained: Path, tmp_path: Path) -> None:
     penalties = [1.0, 0.01]
     found = stage("linear", pretrained, tmp_path / "swept", "--linear.sweep_l2", str(penalties))
@@ -224,6 +225,7 @@ def test_a_table_of_neighbours(pretrained: Path, tmp_path: Path) -> None:
     assert sum(entry["images"] for entry in alone["per_class"]) == 64
 
 
+@pytest.mark.slow
 def test_every_classifier_says_how_it_does_by_class(smoke_run: SmokeRun) -> None:
     for command in ("finetune", "supervised", "distill"):
         run = smoke_run(command)

@@ -56,6 +56,7 @@ def variants():
 """
 
 
+@pytest.mark.slow
 def test_a_spill_is_seen_and_none_in_a_kernel_of_lars(tmp_path: Path) -> None:
     """128 x 128 sums in the 32 threads of a warp need 512 registers each; a thread has 255."""
     (tmp_path / "greedy.py").write_text(GREEDY)

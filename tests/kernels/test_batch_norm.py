@@ -216,6 +216,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # opcheck looks at its own copies
+@pytest.mark.slow
 @pytest.mark.parametrize("which", BACKENDS)
 def test_the_operators_keep_their_promises(which: str) -> None:
     """Schema, gradient, shapes without values: torch's own checks; whole under torch.compile."""

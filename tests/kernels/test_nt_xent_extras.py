@@ -162,6 +162,7 @@ def test_bad_input_is_named(options: dict[str, Any], message: str) -> None:
 
 # opcheck looks at the gradients of copies.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.slow
 def test_the_operators_are_well_formed_and_compile_in_one_graph() -> None:
     x, weights, bank = pairs(5, 4), torch.rand(10), torch.randn(3, 4)
     t = torch.tensor(0.2, requires_grad=True)

@@ -127,7 +127,13 @@ def test_loss_and_gradient(rows: int, dim: int, noise: float, spread: float, tem
 GPU_SHAPES = [(4, 128, 0.3), (258, 128, 0.7), (258, 257, 0.3), (514, 128, 0.3)]
 
 
-@pytest.mark.parametrize("rows, dim, noise, temperature", crossed(GPU_SHAPES, (0.05, 0.1, 0.5)))
+@pytest.mark.parametrize(
+    "rows, dim, noise, temperature",
+    [
+        *crossed(GPU_SHAPES[:2], (0.05, 0.1, 0.5)),
+        *(pytest.param(*case.values, marks=pytest.mark.slow) for case in crossed(GPU_SHAPES[2:], (0.05, 0.1, 0.5))),
+    ],
+)
 def test_loss_and_gradient_in_the_tiles_of_the_gpu(rows: int, dim: int, noise: float, temperature: float) -> None:
     x = pairs(rows // 2, dim, noise=noise).to(DEVICE)
     assert_close(kernel(x, temperature), oracle(x, temperature))
@@ -286,6 +292,7 @@ def test_what_fused_does_not_take(x: Tensor) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.slow
 def test_the_operators_are_well_formed_and_compile_in_one_graph() -> None:
     x, weights, bank = pairs(5, 4).to(DEVICE), torch.rand(10, device=DEVICE), torch.randn(3, 4, device=DEVICE)
     t = torch.tensor(0.2, device=DEVICE, requires_grad=True)

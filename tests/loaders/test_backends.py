@@ -105,7 +105,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one.float() - other.float()).abs().mean())
 
 
-@pytest.mark.parametrize("loader", ["native", "torchvision", DALI, "synthetic"])
+@pytest.mark.parametrize("loader", ["native", TORCHVISION, DALI, "synthetic"])
 def test_training_batches_against_a_plain_loop(files: FileSource, loader: LoaderName) -> None:
     order = [(epoch, i) for epoch in range(3) for i in epoch_order(N, 5, epoch).tolist()]
     train = training(files, loader, threads=1 if loader == "torchvision" else 2)
@@ -152,7 +152,7 @@ def test_evaluation_and_leaving_early(files: FileSource, loader: LoaderName) -> 
         batches = list(test)
         assert [batch.ids.tolist() for batch in batches] == [[*range(12)], [*range(12, 24)], [*range(24, 30)]]
         for row in range(6):
-            params = draw(CENTRE, 0, [0], [24 + row], 1, batches[2].sizes[row : row + 1])
+            params = draw(CENTRE.policy, 0, [0], [24 + row], 1, batches[2].sizes[row : row + 1])
             exact = exact_crop(pixels_of(files, 24 + row), params.crop[0].tolist(), SIDE)
             assert distance(batches[2].images.image(row), exact) < 0.6
     for early in test:
@@ -299,7 +299,15 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize("loader", [*BACKENDS, "synthetic"])
+@pytest.mark.parametrize(
+    "loader",
+    [
+        "native",
+        TORCHVISION,
+        pytest.param("dali", marks=[NEEDS_DALI, pytest.mark.slow]),
+        pytest.param("synthetic", marks=pytest.mark.slow),
+    ],
+)
 def test_memory_is_flat_over_ten_epochs(files: FileSource, loader: LoaderName) -> None:
     policy = Policy(size=96, normalise="none")  # crops of 1.6 MiB an epoch
     train = training(files, loader, policy, batch=30, stop=10)

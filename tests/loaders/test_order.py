@@ -135,6 +135,7 @@ def test_quasi_random_each_image_once_over_any_ranks(
 
 
 @given(BLOCKS, st.integers(0, 12), st.integers(1, 3), st.integers(1, 5), st.sampled_from([2, 3, 4, 6, 8, 16, 64]))
+@pytest.mark.slow
 def test_quasi_random_runs_resume_at_any_step_and_world(
     sizes: list[int], start: int, part: int, window: int, world: int
 ) -> None:

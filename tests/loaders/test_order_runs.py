@@ -93,6 +93,7 @@ def order_of(run: Path) -> str:
     return str(found["implementations"]["order"])
 
 
+@pytest.mark.slow
 def test_a_run_begun_with_little_room_goes_on_from_a_disk(runs: Runs, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         whole = runs.run("whole", *runs.far)

@@ -111,6 +111,26 @@ ONE = header(b"a.jpg", b"3") + padded(b"abc")
         (b"BZh9" + bytes(600), r"is a bzip2 file"),
         (b"\xff\xd8\xff" + bytes(600), r"is not a tar: it begins b'\\xff\\xd8"),
     ],
+    ids=[
+        "empty",
+        "no-end",
+        "cut-header",
+        "cut-member",
+        "cat",
+        "checksum",
+        "checksum-2",
+        "size",
+        "cut-name",
+        "long-name",
+        "pax-length",
+        "pax-record",
+        "sparse",
+        "gzip",
+        "xz",
+        "zstd",
+        "bzip2",
+        "jpeg",
+    ],
 )
 def test_bad_tars(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "a.tar"

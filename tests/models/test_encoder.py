@@ -71,10 +71,10 @@ def test_torchvisions_weights_give_torchvisions_outputs(arch: str, training: boo
         ("resnet50", 1, 24, 35),
         ("resnet50", 2, 94, 140),
         ("resnet101", 1, 43, 65),
-        ("resnet101", 2, 170, 257),
-        ("resnet152", 1, 58, 89),
-        ("resnet152", 2, 233, 354),
-        ("resnet152", 3, None, 795),
+        pytest.param("resnet101", 2, 170, 257, marks=pytest.mark.slow),
+        pytest.param("resnet152", 1, 58, 89, marks=pytest.mark.slow),
+        pytest.param("resnet152", 2, 233, 354, marks=pytest.mark.slow),
+        pytest.param("resnet152", 3, None, 795, marks=pytest.mark.slow),
     ],
 )
 def test_sizes_are_those_of_the_paper(arch: str, width: float, plain: int | None, selective: int) -> None:
@@ -89,9 +89,8 @@ def test_sizes_are_those_of_the_paper(arch: str, width: float, plain: int | None
 @pytest.mark.parametrize(
     ("arch", "selective_kernels"),
     [
-        *((arch, False) for arch in ARCHS),
-        *((arch, True) for arch in ARCHS[:3]),
-        *(pytest.param(arch, True, marks=pytest.mark.slow) for arch in ARCHS[3:]),
+        *((arch, selective) for arch in ARCHS[:3] for selective in (False, True)),
+        *(pytest.param(arch, selective, marks=pytest.mark.slow) for arch in ARCHS[3:] for selective in (False, True)),
     ],
 )
 def test_every_depth_gives_features_of_its_width(arch: str, selective_kernels: bool) -> None:

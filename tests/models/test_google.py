@@ -69,10 +69,10 @@ def test_real_checkpoints_cut_or_damaged(real: Path) -> None:
         ("resnet18", 8, False, False, (33, 46)),
         ("resnet34", 8, False, True, (16, 16)),
         ("resnet34", 8, False, False, (40, 40)),
-        ("resnet50", 16, True, False, (37, 50)),
-        ("resnet50", 8, True, True, (15, 16)),
-        ("resnet50", 8, False, False, (32, 33)),
-        ("resnet101", 8, True, False, (48, 48)),
+        pytest.param("resnet50", 16, True, False, (37, 50), marks=pytest.mark.slow),
+        pytest.param("resnet50", 8, True, True, (15, 16), marks=pytest.mark.slow),
+        pytest.param("resnet50", 8, False, False, (32, 33), marks=pytest.mark.slow),
+        pytest.param("resnet101", 8, True, False, (48, 48), marks=pytest.mark.slow),
     ],
 )
 def test_networks_that_are_not_recorded(

@@ -296,6 +296,7 @@ def test_one_measurement_scales_the_prior() -> None:
         rates_of([one, measured(device="NVIDIA H200")], prior)
 
 
+@pytest.mark.slow
 def test_the_check_can_fail() -> None:
     """Steps made from rates are predicted; a held-out step that is twice as long is not."""
     true = Rates(s_per_flop=1e-11, s_per_byte=1e-10, s_per_op=1e-5, origin="")
@@ -322,6 +323,7 @@ def test_the_law_of_published_speeds() -> None:
     assert ffcv.views_s == pytest.approx(741.4, abs=0.1)
 
 
+@pytest.mark.slow
 def test_hours_of_every_stage() -> None:
     options = PlanOptions(gpus=16, gpu="H100")
     made = recipe("v1-paper")
@@ -364,6 +366,7 @@ def test_images_of_a_recipe(name: str, options: dict[str, int], images: tuple[in
     assert (found.unlabelled, found.labelled, found.few, found.held) == images
 
 
+@pytest.mark.slow
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--config", "cifar10_r18", "--gpus", "2", "--gpu", "A100", "--pretrain.epochs", "100"]
     assert main(words) == 0
@@ -377,6 +380,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "given: MFU 0.5" in out and re.search(r"pretrain .* BN and gather", out)
 
 
+@pytest.mark.slow
 def test_the_published_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "check"]) == 0
     out = capsys.readouterr().out

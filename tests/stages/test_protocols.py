@@ -185,6 +185,7 @@ def images(root: Path, classes: Sequence[str]) -> None:
     (root / "labels.csv").write_text("\n".join(rows))
 
 
+@pytest.mark.slow
 def test_a_classifier_is_reported_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images(tmp_path / "set", "abcdef")
     data = ("--data.source", "folder", "--data.root", tmp_path / "set", "--data.val_fraction", "0.5")

@@ -326,6 +326,7 @@ def test_a_teacher_of_other_classes_is_refused(
     assert "knows 10 classes" in line and "has 2 (cat, dog" in line and str(runs / "finetune") in line
 
 
+@pytest.mark.slow
 def test_damaged_and_foreign_checkpoints_by_command(
     capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path
 ) -> None:
@@ -351,6 +352,7 @@ def test_damaged_and_foreign_checkpoints_by_command(
     assert f"run folder {run} holds no checkpoint" in refused(capsys, "knn", "--from", run)
 
 
+@pytest.mark.slow
 def test_an_evaluation_does_not_overwrite_a_training(
     capsys: pytest.CaptureFixture[str], runs: Path, tmp_path: Path
 ) -> None:

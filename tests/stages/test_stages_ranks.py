@@ -40,6 +40,7 @@ def supervised(ranks: Ranks, run: Path, resume: bool) -> dict[str, Any] | str:
             return str(error)
 
 
+@pytest.mark.slow
 def test_a_batch_of_null_stays_what_it_was_at_the_first_ranks(ranks_pool: Pool, tmp_path: Path) -> None:
     begun = ranks_pool(4, supervised, tmp_path, False)  # ten images: four ranks take eight a step
     assert [result["training"]["steps"] for result in begun] == [10 * 2 // 8 + 1] * 4

@@ -24,7 +24,7 @@ from fastsimclr.loaders import Policy, draw
 from fastsimclr.recipe import dump_recipe, parse_recipe
 from fastsimclr.runs.log import read_records
 from fastsimclr.runs.stop import Stopped
-from fastsimclr.studies import Cell, Job, Study
+from fastsimclr.studies import Cell, Study, StudyJob
 from fastsimclr.studies.augment import AugmentStudy
 from fastsimclr.studies.batch import BatchStudy
 from fastsimclr.studies.cells import Row
@@ -373,9 +373,9 @@ def test_transfer_measures_other_folders(small: Path, tmp_path: Path) -> None:
     assert float(rows[1]["top1"]) == 1  # dark and bright, of an untrained network or a trained one
 
 
-def jobs(count: int) -> list[Job]:
+def jobs(count: int) -> list[StudyJob]:
     recipe = replace(RECIPE, smoke=True, device="cpu")
-    return [Job(name=f"job-{k}", stage="supervised", recipe=replace(recipe, seed=k)) for k in range(count)]
+    return [StudyJob(name=f"job-{k}", stage="supervised", recipe=replace(recipe, seed=k)) for k in range(count)]
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, answer: Callable[[int], dict[str, Any]]) -> None:
@@ -396,7 +396,7 @@ def test_a_failed_training_costs_itself_and_what_needs_it(tmp_path: Path, monkey
 
     pretend(monkeypatch, answer)
     first, second, third = jobs(3)
-    needing = Job(name="tuned", stage="finetune", recipe=RECIPE, after=second)
+    needing = StudyJob(name="tuned", stage="finetune", recipe=RECIPE, after=second)
     outcomes = run_jobs([first, second, needing, third], tmp_path, ())
     assert list(outcomes.results) == ["job-0", "job-2"]
     assert outcomes.failed == {"job-1": "FloatingPointError: the loss became nan", "tuned": "job-1 failed"}
@@ -450,7 +450,7 @@ def test_side_by_side_each_has_its_own_gpu_and_log(tmp_path: Path, monkeypatch: 
         return popen([sys.executable, "-c", code], **options)
 
     monkeypatch.setattr(subprocess, "Popen", start)
-    needing = Job(name="tuned", stage="finetune", recipe=RECIPE, after=jobs(2)[1])
+    needing = StudyJob(name="tuned", stage="finetune", recipe=RECIPE, after=jobs(2)[1])
     outcomes = run_jobs([*jobs(3), needing], tmp_path, ("3", "5"))
     assert sorted(outcomes.results) == ["job-0", "job-2"] and {given["job-0"], given["job-1"]} == {"3", "5"}
     assert outcomes.failed["job-1"] == f"error: out of memory (see {tmp_path / 'job-1.log'})"

@@ -27,8 +27,9 @@ from fastsimclr.runs.stop import StopFlag, Stopped
 from fastsimclr.runtime.device import Runtime
 from fastsimclr.training.config import TrainerConfig
 from fastsimclr.training.feed import ship
+from fastsimclr.training.hooks import Hook
 from fastsimclr.training.meter import Meter
-from fastsimclr.training.trainer import Hook, Trainer, TrainingJob
+from fastsimclr.training.trainer import Trainer, TrainingJob
 
 CPU = Runtime(device=torch.device("cpu"), precision="fp32")
 TINY = ModelConfig(arch="resnet18", width=0.125, head_layers=1, head_dim=8)

@@ -1,4 +1,4 @@
-"""Runs for the tests of exports and streams: random networks in checkpoints of any stage, without training."""
+"""Runs of any stage for the tests of exports, streams and detectors: random networks in checkpoints, untrained."""
 
 from __future__ import annotations
 
