@@ -17,11 +17,7 @@ from typing import Any
 
 import pytest
 
-EXCEPTIONS: dict[str, str] = {
-    "tests/distributed/test_torchrun.py::test_sigterm_saves_once_at_one_step": (
-        "the one fast test of torchrun: three processes that each import torch"
-    ),
-}
+EXCEPTIONS: dict[str, str] = {}
 """Node id of a test, without its parameters -> why it may exceed the limit without being marked slow."""
 
 KEY = "processor_s"

@@ -199,6 +199,7 @@ def test_compare_refuses_what_was_not_measured_alike(tmp_path: Path, change: dic
         compare(one, other)
 
 
+@pytest.mark.slow
 def test_same_work_refuses_another_network(monkeypatch: pytest.MonkeyPatch, without_lightly: None) -> None:
     baseline.same_work(ours.network("resnet18", 16, 0), 16, "resnet18")
     with pytest.raises(ArithmeticError, match="other shapes"):

@@ -270,6 +270,7 @@ def ones(count: int) -> Callable[[], Callable[[], object]]:
     return partial(partial, torch.ones, count)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("peak memory")  # the server of the fresh processes starts once
 def test_peak_memory_of_a_call() -> None:
     peak = memory.peak_in_child(ones(16), ones(16 * MIB))

@@ -52,6 +52,7 @@ def check_report(result: dict[str, Any], bench: str, views: int = 2) -> None:
     assert result["ratios"]
 
 
+@pytest.mark.slow
 def test_step_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], without_lightly: None) -> None:
     path, profile = tmp_path / "reports" / "step.json", tmp_path / "trace.json"
     files = ["--json", str(path), "--profile", str(profile)]
@@ -84,6 +85,7 @@ def test_step_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert any("convolution" in name for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [pytest.param("linear", marks=pytest.mark.slow), "finetune"])
 def test_step_of_stages_with_one_view(stage: TrainingStage) -> None:
     result = bench_step(StepBench(device="cpu", smoke=True, stage=stage))
@@ -104,6 +106,7 @@ def bench_flops(stage: TrainingStage) -> int:
     return flops_per_image(ours.networks_of(objective), 16, objective.views)
 
 
+@pytest.mark.slow
 def test_step_of_a_distillation_beside_its_parts() -> None:
     result = bench_step(StepBench(device="cpu", smoke=True, stage="distill"))
     check_report(result, "step", views=1)
@@ -118,6 +121,7 @@ def test_step_of_a_distillation_beside_its_parts() -> None:
     assert {r["ours"] for r in result["ratios"]} == {"ours fp32", "ours bf16"}
 
 
+@pytest.mark.slow
 def test_step_compiled_before_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """What stands in for the compiler counts its calls: all before the rounds, and both sides go through it."""
     calls: list[str] = []
@@ -138,6 +142,7 @@ def test_step_compiled_before_its_rounds(monkeypatch: pytest.MonkeyPatch) -> Non
     assert calls.count("ResNet") == 6 and calls.count("Net") == 12
 
 
+@pytest.mark.slow
 def test_e2e_beside_the_baseline_that_is_there() -> None:
     result = bench_e2e(E2eBench(device="cpu", smoke=True))
     check_report(result, "e2e")
@@ -159,6 +164,7 @@ def test_e2e_beside_the_baseline_that_is_there() -> None:
         assert derived["median"] == pytest.approx((seconds[1] + seconds[2]) / seconds[0])
 
 
+@pytest.mark.slow
 def test_e2e_of_a_labelled_stage(without_lightly: None) -> None:
     config = E2eBench(device="cpu", smoke=True, stage="finetune", loaders=("native",))
     result = bench_e2e(config)
@@ -292,6 +298,7 @@ def test_pictures_are_refused_before_the_rounds(monkeypatch: pytest.MonkeyPatch)
         StepBench(plot="picture.png")
 
 
+@pytest.mark.slow
 @pytest.mark.needs("matplotlib")
 def test_picture(tmp_path: Path, without_lightly: None) -> None:
     path = tmp_path / "pictures" / "step.png"

@@ -156,6 +156,7 @@ def test_segmentation_learns_what_it_also_finds_in_a_new_image(
     assert result["metrics"]["pixel_accuracy"] > 0.78
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_body_is_the_encoder_of_the_run_and_its_norms_are_frozen(run: Path) -> None:
     body = Body(run, "run", "auto")

@@ -267,6 +267,7 @@ def resumed(ranks: Ranks, run: Path, micro: int | None) -> str:
     return "ran to the end"
 
 
+@pytest.mark.slow
 def test_micro_batches_stay_at_another_number_of_ranks(ranks_pool: Pool, tmp_path: Path) -> None:
     def begin(run: Path, micro: int | None) -> Path:
         given = job(run, hooks=(At(6, lambda: os.kill(os.getpid(), signal.SIGTERM)),))

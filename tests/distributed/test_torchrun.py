@@ -137,6 +137,7 @@ def test_killed_at_four_ranks_and_resumed_at_fewer(alone: Path, killed: Path, tm
     np.testing.assert_allclose([r["loss"] for r in records], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("everyone", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sigterm_saves_once_at_one_step(tmp_path: Path, everyone: bool) -> None:
     run = tmp_path / "stopped"

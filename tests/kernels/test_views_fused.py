@@ -343,6 +343,7 @@ def part(params: ViewParams, rows: slice) -> ViewParams:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, of the interpreter
 def test_rows_that_make_no_sense_are_views_of_nan() -> None:
     """As on a device, where no row can be checked without waiting: through the kernels themselves."""

@@ -166,7 +166,7 @@ def test_each_image_is_decoded_strictly_once(
     assert sum(len(batch) for batch in train) == 40 and not seen
 
 
-@pytest.mark.parametrize("loader", ["native", "torchvision"])
+@pytest.mark.parametrize("loader", ["native", pytest.param("torchvision", marks=pytest.mark.slow)])
 def test_the_header_of_a_file_is_parsed_once(
     files: FileSource, loader: LoaderName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,7 +186,7 @@ def test_the_header_of_a_file_is_parsed_once(
 def test_a_worker_that_dies_is_a_named_error(files: FileSource) -> None:
     deadly = Deadly("deadly", files.root, files.names, files.sizes.tolist(), files.labels, files.classes)
     deadly.deadly = 17
-    train = TrainLoader(deadly, DataConfig(loader="torchvision", threads=1), batch=10, seed=0, stop=9, crops=CROPS)
+    train = TrainLoader(deadly, DataConfig(loader="torchvision", threads=2), batch=10, seed=0, stop=9, crops=CROPS)
     with pytest.raises(RuntimeError, match=r"loader=torchvision: a worker process died .* use loader=native"):
         list(train)
 

@@ -427,6 +427,7 @@ def test_student_same_by_command(chain: Path, tmp_path: Path) -> None:
     assert state["facts"]["model"]["width"] == 0.125 and result(tmp_path / "a")["temperature"] == 0.1
 
 
+@pytest.mark.slow
 def test_several_teachers_by_command(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = saved(timm.create_model("test_resnet", num_classes=10), tmp_path / "w.pt")
     names = [str(chain / "finetune"), str(chain / "self-distill"), f"timm:test_resnet@{file}"]
@@ -512,6 +513,7 @@ def test_other_recorded_logits_are_refused(
     assert f"{tmp_path / RECORD} was made with {key}" in line and "another --out" in line
 
 
+@pytest.mark.slow
 def test_damaged_recorded_logits_are_refused(
     chain: Path, fixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -149,6 +149,7 @@ def test_ranks_are_one_process(ranks_pool: Pool, world: int, groups: int) -> Non
         assert torch.equal(other["queue"], found[0][1]["queue"])
 
 
+@pytest.mark.slow
 def test_micro_batches_are_groups_of_one_batch(ranks_pool: Pool) -> None:
     losses, state = train(Ranks(), 37, 16, 4)
     parts, cached = train(Ranks(), 37, 16, 1, micro=4)

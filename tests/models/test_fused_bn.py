@@ -17,6 +17,7 @@ from fastsimclr.stages.training import bn_name
 from tests.training.test_trainer import final, fit, job
 
 
+@pytest.mark.slow
 def test_fused_bn_trains_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     apply = fused.apply

@@ -234,7 +234,9 @@ def test_labels_writes_table_rows_curves_and_cost(labels: Path) -> None:
     assert len(ends) >= 2 * 2 * 2
 
 
-STAGES = ("pretrain", "evaluate_linear", "evaluate_knn", "finetune", "supervised", "distill")
+def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[..., dict[str, Any]]) -> None:
+    """Let `function` run the stage `name`."""
+    monkeypatch.setitem(stages.STAGES, name, replace(stages.STAGES[name], function=function))
 
 
 def noted(monkeypatch: pytest.MonkeyPatch, out: Path, *, trains: bool) -> list[str]:
@@ -242,20 +244,21 @@ def noted(monkeypatch: pytest.MonkeyPatch, out: Path, *, trains: bool) -> list[s
     ran: list[str] = []
 
     def noting(make: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-        def stage(setting: stages.Setting, *paths: Path, resume: bool) -> dict[str, Any]:
-            ran.append(str(paths[-1].relative_to(out)))
+        def stage(setting: stages.Setting, *words: Any) -> dict[str, Any]:
+            run = words[-2]  # before resume
+            ran.append(str(run.relative_to(out)))
             if trains:
-                return make(setting, *paths, resume=resume)
+                return make(setting, *words)
             found = {"metrics": {"top1": 0.5}, "labels": 10, "parameters": 5, "seconds": 1.0, "environment": {}}
-            paths[-1].mkdir(parents=True)
-            (paths[-1] / "metrics.jsonl").touch()
-            (paths[-1] / "result.json").write_text(json.dumps(found))
+            run.mkdir(parents=True)
+            (run / "metrics.jsonl").touch()
+            (run / "result.json").write_text(json.dumps(found))
             return found
 
         return stage
 
-    for name in STAGES:
-        monkeypatch.setattr(stages, name, noting(getattr(stages, name)))
+    for name, stage in list(stages.STAGES.items()):
+        stand_in(monkeypatch, name, noting(stage.function))
     return ran
 
 
@@ -385,7 +388,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, answer: Callable[[int], dict[str, A
         (run / "result.json").write_text(json.dumps(found))
         return found
 
-    monkeypatch.setattr(stages, "supervised", supervised)
+    stand_in(monkeypatch, "supervised", supervised)
 
 
 def test_a_failed_training_costs_itself_and_what_needs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -527,7 +530,7 @@ def test_a_study_of_which_nothing_can_be_shown_says_why(
     def refused(setting: stages.Setting, start: Path, run: Path, resume: bool) -> dict[str, Any]:
         raise ValueError("linear.batch=9 is too large")
 
-    monkeypatch.setattr(stages, "evaluate_linear", refused)
+    stand_in(monkeypatch, "linear", refused)
     words = ("--batches", "[8]", "--epochs", "[1]", "--seeds", "1", "--out", str(tmp_path / "batch"))
     assert main(["study", "batch", *SMOKE, *words]) == 1
     assert "failed: batch-8/epochs-1/seed-0/linear: ValueError: linear.batch=9" in capsys.readouterr().out
