@@ -21,7 +21,7 @@ demo: $(STAMP)
 test: lint
 	$(call RUN,.venv) -m "not slow and not full"
 
-# What CI runs besides: the slow tests, and the hypothesis tests again with ten times as many examples.
+# The slow tests, and the hypothesis tests again with ten times as many examples.
 test-slow: $(STAMP)
 	$(call RUN,.venv) -m "slow or (examples and not full)" --hypothesis-profile thorough
 

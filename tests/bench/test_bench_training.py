@@ -234,6 +234,7 @@ def test_flops_are_those_of_the_paper() -> None:
     assert flops_per_image([net.requires_grad_(False)], 224, 1) == 2 * 4089184256
 
 
+@pytest.mark.slow
 def test_same_classifier_refuses_another_network() -> None:
     supervised.same_classifier(ours.classifier("resnet18", 16, 10, 0), 16, "resnet18")
     with pytest.raises(ArithmeticError, match="other shapes"):
@@ -268,6 +269,7 @@ def test_a_graph_needs_a_gpu() -> None:
             bench(config)  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_a_graph_is_one_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     """Off CUDA: the step that a graph would hold, as it is. It is made once, for all rounds."""
     made: list[object] = []

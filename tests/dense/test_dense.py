@@ -123,6 +123,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, task: type, last: int) -> None:
     monkeypatch.setattr(task, "rate", rate)
 
 
+@pytest.mark.slow
 def test_detection_scores_what_it_writes(run: Path, scenes: Path, tmp_path: Path) -> None:
     result = detect(detection(run, scenes, tmp_path, epochs=1, batch=4, size=SIDE // 2, regions=8))
     assert json.loads((tmp_path / "result.json").read_text())["metrics"] == result["metrics"]

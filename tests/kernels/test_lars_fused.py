@@ -136,6 +136,7 @@ def test_all_options_match_the_plain_loops(backend: Backend, variant: Variant, d
     compare_steps(SHAPES, variant, backend, dtype, steps=3, seed=0)
 
 
+@pytest.mark.slow
 @settings(max_examples=settings().max_examples // 6)  # each takes up to a second in the interpreter
 @given(
     shapes=st.lists(st.lists(st.integers(0, 9), min_size=0, max_size=3).map(tuple), min_size=1, max_size=9),

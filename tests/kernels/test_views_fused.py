@@ -158,6 +158,7 @@ def test_the_whole_chain_in_one_tile(size: int, semantics: Any, views: int) -> N
     check(images, drawn(policy, sizes, views), policy, 5 * TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("semantics", ["torchvision", pytest.param("tensorflow", marks=pytest.mark.slow)])
 def test_the_whole_chain_in_several_tiles(semantics: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Partial sums, halos across tiles, and scratch memory for one view at a time."""

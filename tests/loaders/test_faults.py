@@ -183,6 +183,7 @@ def test_the_header_of_a_file_is_parsed_once(
     assert len(parsed) == 40
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_a_named_error(files: FileSource) -> None:
     deadly = Deadly("deadly", files.root, files.names, files.sizes.tolist(), files.labels, files.classes)
     deadly.deadly = 17

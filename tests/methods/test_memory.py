@@ -136,7 +136,7 @@ def test_queue_momentum_and_loss_are_plain_loops(memory: int) -> None:
     assert {key.rpartition(".")[2] for key in moved} == {"weight", "bias", "running_mean", "running_var"}
 
 
-@pytest.mark.parametrize(("world", "groups"), [(2, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize(("world", "groups"), [(2, 1), (2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_ranks_are_one_process(ranks_pool: Pool, world: int, groups: int) -> None:
     """Also with a queue that a step's keys straddle, which is where an order by ranks would show."""
     losses, state = train(Ranks(), 37, 16, groups)

@@ -311,6 +311,7 @@ def test_the_check_can_fail() -> None:
         check(rows[:-1])
 
 
+@pytest.mark.slow
 def test_the_law_of_published_speeds() -> None:
     found = published.law()
     assert found.a > 1 and found.b >= 0 and found.c >= 0 and found.pytorch > 1

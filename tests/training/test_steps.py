@@ -92,7 +92,9 @@ def test_buckets_hold_every_gradient_once() -> None:
     assert [len(bucket) for bucket in _buckets([large[0], large[0], large[1]])] == [1, 2]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "precision", ["fp32", *(pytest.param(half, marks=pytest.mark.slow) for half in ("bf16", "fp16"))]
+)
 def test_training_in_micro_batches_resumes_to_the_bit(tmp_path: Path, precision: str) -> None:
     runtime = Runtime(device=torch.device("cpu"), precision=precision)  # type: ignore[arg-type]
     fit(job(tmp_path / "whole"), runtime, micro_batch=2)
@@ -259,5 +261,21 @@ def test_freed_memory_is_kept_within_the_loop_only(tmp_path: Path) -> None:
     fit(job(tmp_path, hooks=(At(2, faults), At(3, faults), At(4, lambda: within.append(faults())))))
     assert within[0] < usual / 10
     assert faults() > usual / 6, "given back: one of the five comes anew"
-    with freed_memory_kept(torch.device("meta")):
-        assert faults() > usual / 2
+
+
+@pytest.mark.parametrize(("device", "calls"), [("cpu", 4), ("meta", 0)])
+def test_memory_is_kept_on_a_cpu_only(device: str, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = list[tuple[int, int]]()
+
+    class Libc:
+        def mallopt(self, parameter: int, value: int) -> int:
+            settings.append((parameter, value))
+            return 1
+
+        def malloc_trim(self, pad: int) -> int:
+            return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Libc())
+    with freed_memory_kept(torch.device(device)):
+        assert len(settings) == calls / 2
+    assert len(settings) == calls
