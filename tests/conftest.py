@@ -29,6 +29,8 @@ import torch
 
 from fastsimclr.runtime.versions import version_problems
 
+# Of triton 3.6's own interpreter, with numpy from 1.25 on; pyproject.toml has the same for this process.
+TRITON_3_6 = "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning:triton.runtime.interpreter"
 VARIABLE = "FASTSIMCLR_TEST_DATA"
 REQUIRE = "FASTSIMCLR_REQUIRE_LOADERS"
 FILES = ("cifar10-jpeg.tar.xz", "google-simclr-oracle.npz", "imagenet-samples.tar", "tf-checkpoints.tar.xz")
@@ -216,7 +218,16 @@ class RanksPool:
         on_cpu = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
         with control:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "error", str(worker), self._folder.name, str(control.fileno())],
+                [
+                    sys.executable,
+                    "-W",
+                    "error",
+                    "-W",
+                    TRITON_3_6,
+                    str(worker),
+                    self._folder.name,
+                    str(control.fileno()),
+                ],
                 # Ranks are CPU processes everywhere, whose fused kernels are interpreted.
                 env={**os.environ, **one, **on_cpu, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(worker.parents[1])},
                 pass_fds=[control.fileno()],
