@@ -3,7 +3,7 @@
 if __name__ != "fastsimclr.loaders":
     raise ImportError(f"import fastsimclr.loaders, not {__name__}: the folder loaders/ is part of that package")
 
-from fastsimclr.loaders.backends.resident import Resident, choose_place, thread_count
+from fastsimclr.loaders.backends.resident import Resident, choose_placement, thread_count
 from fastsimclr.loaders.batch import Batch, Ragged
 from fastsimclr.loaders.beton.pack import Packing, pack
 from fastsimclr.loaders.beton.reader import BetonSource
@@ -47,7 +47,7 @@ __all__ = [
     "TrainLoader",
     "ViewParams",
     "choose_order",
-    "choose_place",
+    "choose_placement",
     "draw",
     "hold_out",
     "label_subset",

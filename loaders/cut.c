@@ -260,10 +260,10 @@ int fastsimclr_cut_many(const uint8_t *memory, int n, int views, int64_t stride,
     return 0;
 }
 
-/* counts[k] bytes of n images, from memory + starts[k] to out + places[k]. */
+/* counts[k] bytes of n images, from memory + starts[k] to out + out_starts[k]. */
 void fastsimclr_copy_many(const uint8_t *memory, int n, const int64_t *starts, const int64_t *counts, uint8_t *out,
-                          const int64_t *places) {
-    for (int k = 0; k < n; k++) memcpy(out + places[k], memory + starts[k], (size_t)counts[k]);
+                          const int64_t *out_starts) {
+    for (int k = 0; k < n; k++) memcpy(out + out_starts[k], memory + starts[k], (size_t)counts[k]);
 }
 
 /* To be raised with any change to what these functions and jpeg.c's take (compiled.py). */

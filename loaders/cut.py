@@ -87,15 +87,15 @@ def cut_many(memory: Pixels, starts: Ints, sizes: Sizes, boxes: Sizes, out: Pixe
         raise MemoryError(f"no memory to cut {count} images")
 
 
-def copy_many(memory: Pixels, starts: Ints, counts: Ints, out: Pixels, places: Ints) -> None:
-    """counts[k] bytes of `memory` from starts[k] on to `out` from places[k] on; int64 [n], both memories uint8, flat.
+def copy_many(memory: Pixels, starts: Ints, counts: Ints, out: Pixels, out_starts: Ints) -> None:
+    """counts[k] bytes of `memory` from starts[k] to `out` from out_starts[k]; int64 [n], both memories uint8, flat.
 
     For where cut.c is compiled. ValueError for bytes outside of either.
     """
     assert LIBRARY is not None
-    least = min(starts.min(initial=0), places.min(initial=0), counts.min(initial=0))
-    if least < 0 or (starts + counts > len(memory)).any() or (places + counts > len(out)).any():
+    least = min(starts.min(initial=0), out_starts.min(initial=0), counts.min(initial=0))
+    if least < 0 or (starts + counts > len(memory)).any() or (out_starts + counts > len(out)).any():
         raise ValueError(f"{len(starts)} images: bytes lie outside of their memory")
-    first, bytes_of, to = (np.ascontiguousarray(array) for array in (starts, counts, places))
+    first, bytes_of, to = (np.ascontiguousarray(array) for array in (starts, counts, out_starts))
     arrays = first.ctypes.data, bytes_of.ctypes.data, out.ctypes.data, to.ctypes.data
     LIBRARY.fastsimclr_copy_many(memory.ctypes.data, len(starts), *arrays)

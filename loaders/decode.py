@@ -45,7 +45,7 @@ class Header:
 
 def decode(
     data: Encoded,
-    what: str,
+    name: str,
     max_pixels: int = MAX_PIXELS,
     out: Pixels | None = None,
     header: Header | None = None,
@@ -53,34 +53,34 @@ def decode(
     """The image in `data` as uint8 [H, W, 3], RGB; in `out` (uint8, flat, contiguous), which is large enough, if given.
 
     header: what `read_header` gave for `data`; read here where None.
-    Raises DataError, naming the file by `what`, for empty, foreign, truncated or damaged data, for pixels of 32 bits,
+    Raises DataError, naming the file by `name`, for empty, foreign, truncated or damaged data, for pixels of 32 bits,
     and for more than `max_pixels` pixels (Pillow's own limit of 89 million holds for what is not JPEG).
     A JPEG has no checksum: damage whose codes are still possible goes unnoticed.
     """
-    header = header or read_header(data, what, max_pixels)
+    header = header or read_header(data, name, max_pixels)
     (height, width), picture = header.size, header.picture
     room = None if out is None else out[: 3 * height * width]
     if room is not None and len(room) < 3 * height * width:
-        raise DataError(f"{what} has {height} x {width} pixels, more than its header or table said; pack it anew")
+        raise DataError(f"{name} has {height} x {width} pixels, more than its header or table said; pack it anew")
     try:
         if picture is None:
             pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, buffer=room)
             return pixels
-        pixels = _rgb(picture, what)
+        pixels = _rgb(picture, name)
     except (DataError, MemoryError):
         raise
     except Exception as error:  # Pillow's plugins raise anything at all on damaged bytes
-        raise DataError(f"{what} is damaged: {error}") from error
+        raise DataError(f"{name} is damaged: {error}") from error
     if room is None:
         return pixels
     room[:] = pixels.reshape(-1)
     return room.reshape(pixels.shape)
 
 
-def read_header(data: Encoded, what: str, max_pixels: int = MAX_PIXELS) -> Header:
+def read_header(data: Encoded, name: str, max_pixels: int = MAX_PIXELS) -> Header:
     """The header of the file `data`, of which no more is decoded. Raises as `decode`."""
     if not data:
-        raise DataError(f"{what} is empty (0 bytes)")
+        raise DataError(f"{name} is empty (0 bytes)")
     picture, colours = None, ""
     try:
         if data[:2] == b"\xff\xd8":
@@ -89,23 +89,23 @@ def read_header(data: Encoded, what: str, max_pixels: int = MAX_PIXELS) -> Heade
             picture = Image.open(io.BytesIO(data), formats=FORMATS)
             width, height = picture.size
     except UnidentifiedImageError as error:
-        raise DataError(f"{what} is not an image ({', '.join(FORMATS)}): it begins {bytes(data[:8])!r}") from error
+        raise DataError(f"{name} is not an image ({', '.join(FORMATS)}): it begins {bytes(data[:8])!r}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{what} is larger than Pillow accepts: {error}") from error
+        raise DataError(f"{name} is larger than Pillow accepts: {error}") from error
     except MemoryError:
         raise
     except Exception as error:
-        raise DataError(f"{what} is damaged: {error}") from error
+        raise DataError(f"{name} is damaged: {error}") from error
     if height * width > max_pixels:
-        raise DataError(f"{what} has {height} x {width} pixels, over max_pixels={max_pixels}; shrink it or raise it")
+        raise DataError(f"{name} has {height} x {width} pixels, over max_pixels={max_pixels}; shrink it or raise it")
     if height < 1 or width < 1:
-        raise DataError(f"{what} has no pixels: {height} x {width}")
+        raise DataError(f"{name} has no pixels: {height} x {width}")
     return Header(size=(height, width), plain=colours in ("Gray", "YCbCr"), picture=picture)
 
 
-def _rgb(picture: Image.Image, what: str) -> Pixels:
+def _rgb(picture: Image.Image, name: str) -> Pixels:
     if picture.mode in ("I", "F"):
-        raise DataError(f"{what} has 32-bit pixels (mode {picture.mode}) of no known range; save it with 8 or 16 bits")
+        raise DataError(f"{name} has 32-bit pixels (mode {picture.mode}) of no known range; save it with 8 or 16 bits")
     if picture.mode.startswith("I;16"):
         grey = (np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)

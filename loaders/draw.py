@@ -247,9 +247,9 @@ def draw(
     counter[:, 2] = np.repeat(np.arange(first_view, first_view + views), n)
     epoch_M = np.tile(epochs_N.astype(np.uint32), views)
 
-    def numbers(rows: I64 | slice, first: int, count: int) -> npt.NDArray[np.float64]:
+    def numbers(rows: I64 | slice, first_try: int, count: int) -> npt.NDArray[np.float64]:
         blocks = np.repeat(counter[rows, None], count, axis=1)
-        blocks[..., 3] = np.arange(first, first + count)
+        blocks[..., 3] = np.arange(first_try, first_try + count)
         return uniform(philox4x32(blocks, (seed, epoch_M[rows, None])))
 
     u_M34 = numbers(slice(None), 0, 3)

@@ -165,9 +165,9 @@ class Reader:
         raise self.damage.too_many()
 
 
-def unexpected(what: str, error: Exception) -> RuntimeError:
-    """The error for image `what`, on which a thread failed with one that no damage explains."""
+def unexpected(name: str, error: Exception) -> RuntimeError:
+    """The error for image `name`, on which a thread failed with one that no damage explains."""
     short = isinstance(error, MemoryError)
     remedy = "free memory, or lower the number of threads" if short else "--traceback shows where; please report it"
     cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return RuntimeError(f"{what} could not be read or decoded, and no damage explains it ({cause}); {remedy}")
+    return RuntimeError(f"{name} could not be read or decoded, and no damage explains it ({cause}); {remedy}")

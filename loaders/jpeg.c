@@ -23,20 +23,20 @@ enum { MOST = 32 };                    /* the largest reduction that cut.c's 16 
 int fastsimclr_cut(const uint8_t *crop, int64_t pitch, int height, int width, int size, uint8_t *out);
 
 /* n files: data[k], or where that is NULL lengths[k] bytes of `file` from starts[k], read into `room`. Image k has
-   sizes[k] = (height, width) pixels. With views == 0 it is decoded into out + places[k]; else into `scratch`, and its
-   crops boxes[v * stride + k] = (top, left, height, width) go to out[v * stride + k], size x size pixels each.
+   sizes[k] = (height, width) pixels. With views == 0 it is decoded into out + out_starts[k]; else into `scratch`, and
+   its crops boxes[v * stride + k] = (top, left, height, width) go to out[v * stride + k], size x size pixels each.
    left[k]: 1 where that was not done: a length of 0, a file that is not a sound JPEG of that size in grey or YCbCr, a
    box that is too large or not within it. */
 void fastsimclr_jpegs(const TurboJpeg *turbo, int n, int file, const uint8_t *const *data, const int64_t *starts,
                       const int64_t *lengths, const int32_t (*sizes)[2], uint8_t *room, uint8_t *scratch, int views,
-                      int64_t stride, const int32_t (*boxes)[4], int size, uint8_t *out, const int64_t *places,
+                      int64_t stride, const int32_t (*boxes)[4], int size, uint8_t *out, const int64_t *out_starts,
                       uint8_t *left) {
     Decoder decoder = turbo->begin();
     size_t bytes = 3 * (size_t)size * size;
     for (int k = 0; k < n; k++) {
         int width, height, sampling, colours;
         const uint8_t *bits = data ? data[k] : room;
-        uint8_t *image = views ? scratch : out + places[k];
+        uint8_t *image = views ? scratch : out + out_starts[k];
         left[k] = 1;
         if (!decoder || lengths[k] <= 0) continue;
         if (!data && pread(file, room, (size_t)lengths[k], starts[k]) != lengths[k]) continue;

@@ -98,8 +98,8 @@ class Loader(ABC):
         """Batches of `rank`."""
 
     @abstractmethod
-    def _coming(self, made: int, number: int) -> Ints:
-        """One id of each block that this rank reads from batch `made` to some blocks behind batch `number`, int64.
+    def _coming(self, oldest: int, number: int) -> Ints:
+        """One id of each block that this rank reads from batch `oldest` to some blocks behind batch `number`, int64.
 
         In the order of need; none where that cannot be said.
         """
@@ -258,10 +258,10 @@ class TrainLoader(Loader):
     def _at(self, number: int, rank: int) -> tuple[Ints, Ints]:
         return self._order.at(*rank_positions(self.steps[number], self.batch, rank, self.world))
 
-    def _coming(self, made: int, number: int) -> Ints:
+    def _coming(self, oldest: int, number: int) -> Ints:
         if self._order.blocks is None:
             return self._of_blocks
-        begin, end = self.steps[made] * self.batch, (self.steps[number] + 1) * self.batch - 1
+        begin, end = self.steps[oldest] * self.batch, (self.steps[number] + 1) * self.batch - 1
         windows = self._order.window_at(begin), self._order.window_at(end)
         if windows != self._windows:  # what a window needs is sorted out once, for that takes milliseconds
             self._windows = windows
@@ -304,24 +304,24 @@ class EvalLoader(Loader):
             raise ValueError(f"rank={rank} must be in 0..{world - 1} for world_size={world}")
         super().__init__(source, config, resident=resident, damage=damage, crops=crops, cut=cut, pin=pin)
         self.batch, self.rank, self.world = batch, rank, world
-        self.part = self._part(rank)
+        self.rank_ids = self._rank_ids(rank)
 
     def _count(self, rank: int) -> int:
-        return -(-len(self._part(rank)) // self.batch)
+        return -(-len(self._rank_ids(rank)) // self.batch)
 
-    def _part(self, rank: int) -> range:
+    def _rank_ids(self, rank: int) -> range:
         return range(rank * len(self.source) // self.world, (rank + 1) * len(self.source) // self.world)
 
     def _at(self, number: int, rank: int) -> tuple[Ints, Ints]:
-        part = self._part(rank)
+        part = self._rank_ids(rank)
         start = part.start + number * self.batch
         ids = np.arange(start, min(start + self.batch, part.stop), dtype=np.int64)
         return np.zeros_like(ids), ids
 
-    def _coming(self, made: int, number: int) -> Ints:
+    def _coming(self, oldest: int, number: int) -> Ints:
         if self.source.blocks is None:
             return np.empty(0, dtype=np.int64)
-        begin, end = (self.part.start + k * self.batch for k in (made, number))
+        begin, end = (self.rank_ids.start + k * self.batch for k in (oldest, number))
         first, last = np.searchsorted(self.source.blocks, (begin, end), side="right")
         starts = np.maximum(self.source.blocks[first - 1 : last + BLOCKS_AHEAD], begin)
-        return np.unique(starts[starts < self.part.stop])
+        return np.unique(starts[starts < self.rank_ids.stop])

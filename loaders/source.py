@@ -84,9 +84,9 @@ class Source(ABC):
         return None
 
 
-def digest(*parts: bytes) -> str:
+def digest(*fields: bytes) -> str:
     """SHA-256 of the parts in hex, each with its length before it, so that no other cut of them has the same."""
     whole = hashlib.sha256()
-    for part in parts:
+    for part in fields:
         whole.update(len(part).to_bytes(8, "little") + part)
     return whole.hexdigest()

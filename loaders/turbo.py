@@ -37,12 +37,14 @@ class Spans:
     lengths: Ints
 
 
-def decode_run(files: Spans | Sequence[bytes], sizes: Sizes, max_pixels: int, out: Pixels, places: Ints) -> list[int]:
-    """The images of `files` decoded to RGB, image k from out[places[k]] on; the images that it leaves to `decode`.
+def decode_run(
+    files: Spans | Sequence[bytes], sizes: Sizes, max_pixels: int, out: Pixels, out_starts: Ints
+) -> list[int]:
+    """The images of `files` decoded to RGB, image k from out[out_starts[k]] on; the images that it leaves to `decode`.
 
     sizes: int32 [n, 2], height and width by their headers. out: uint8, flat, with room for 3 height width each.
     """
-    return _run(files, sizes, max_pixels, out, places=np.ascontiguousarray(places))
+    return _run(files, sizes, max_pixels, out, out_starts=np.ascontiguousarray(out_starts))
 
 
 def crop_run(
@@ -52,7 +54,7 @@ def crop_run(
 
     boxes: int32 [V, N, 4], within the images. out: uint8 [V, N, S, S, 3]. Both contiguous.
     """
-    return _run(files, sizes, max_pixels, out, boxes=boxes, first=rows.start)
+    return _run(files, sizes, max_pixels, out, boxes=boxes, first_row=rows.start)
 
 
 def _run(
@@ -61,9 +63,9 @@ def _run(
     max_pixels: int,
     out: Pixels,
     *,
-    places: Ints | None = None,
+    out_starts: Ints | None = None,
     boxes: Sizes | None = None,
-    first: int = 0,
+    first_row: int = 0,
 ) -> list[int]:
     n = len(sizes)
     if LIBRARY is None or TURBO_JPEG is None:
@@ -84,9 +86,9 @@ def _run(
     if boxes is not None:
         views, stride, size = out.shape[:3]
         scratch = _IMAGE.take(3 * int(areas[lengths > 0].max(initial=1)))
-        windows, target = boxes[:, first:].ctypes.data, out[:, first:]
-    elif places is not None:
-        at = places.ctypes.data
+        windows, target = boxes[:, first_row:].ctypes.data, out[:, first_row:]
+    elif out_starts is not None:
+        at = out_starts.ctypes.data
     LIBRARY.fastsimclr_jpegs(
         *(TURBO_JPEG, n, number, data, starts.ctypes.data, lengths.ctypes.data, sizes.ctypes.data),
         *(room.ctypes.data, scratch.ctypes.data, views, stride, windows, size, target.ctypes.data, at),

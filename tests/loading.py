@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastsimclr.loaders.backends.resident import ALONE, Resident, choose_place
+from fastsimclr.loaders.backends.resident import ALONE, Resident, choose_placement
 from fastsimclr.loaders.backends.sharded import Peers
 from fastsimclr.loaders.crops import Semantics
 from fastsimclr.loaders.data import DataConfig
@@ -34,5 +34,5 @@ def hold(
     progress: Callable[[int, int], None] | None = None,
     peers: Peers = ALONE,
 ) -> Resident | None:
-    """`source` decoded on `device`, or None where `choose_place` does not hold it."""
-    return choose_place(source, config, device, peers).fill(progress)
+    """`source` decoded on `device`, or None where `choose_placement` does not hold it."""
+    return choose_placement(source, config, device, peers).fill(progress)

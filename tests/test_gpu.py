@@ -52,7 +52,7 @@ def trainer_on(device: torch.device, precision: Precision, run: Path, memory: in
     objective = Contrastive(network, temperature=0.5, scaling="paper")
     if memory:
         objective = MomentumContrast(network, temperature=0.5, scaling="paper", memory=memory, momentum=0.9)
-    runtime.place(objective)
+    runtime.to_device(objective)
     job = TrainingJob(
         stage="pretrain",
         run=run,
@@ -65,7 +65,7 @@ def trainer_on(device: torch.device, precision: Precision, run: Path, memory: in
         seed=0,
         fingerprint="",
         recipe="",
-        facts={},
+        metadata={},
         resume=False,
     )
     return Trainer(TrainerConfig(log_every_steps=STEPS), runtime, job)

@@ -19,18 +19,18 @@ _MORE: tuple[tuple[str, tuple[str, ...], str], ...] = (
 )
 
 
-def compare(first: Path, second: Path) -> str:
-    """Speed of `second` over `first` for each variant in both, and what differs between the two.
+def compare(baseline: Path, candidate: Path) -> str:
+    """Speed of `candidate` over `baseline` for each variant in both, and what differs between the two.
 
     ValueError for a file that is no report, or two of other benches, devices or settings: the keys are named.
     """
-    a, b = _read(first), _read(second)
+    a, b = _read(baseline), _read(candidate)
     differing = [
         f"{key} ({mine!r} and {other!r})" for key, mine, other in _keys(a, b) if mine != other and key not in _FREE
     ]
     if differing:
         raise ValueError(
-            f"{first} and {second} cannot be compared, they differ in {', '.join(differing)}; measure alike"
+            f"{baseline} and {candidate} cannot be compared, they differ in {', '.join(differing)}; measure alike"
         )
     rows = [("variant", f"{_unit(a)}/s, first", "second", "second / first")]
     mine, others = _rates(a), _rates(b)

@@ -72,7 +72,7 @@ def losses_of(config: CurveBench, runtime: Runtime, source: Source, seed: int) -
     torch.manual_seed(seed)
     model = ModelConfig(arch=config.arch, width=config.width, head_layers=ours.HEAD_LAYERS, head_dim=ours.HEAD_DIM)
     objective = Contrastive(build_simclr(model, config.size), temperature=ours.TEMPERATURE, scaling="paper")
-    runtime.place(objective)
+    runtime.to_device(objective)
     optim = OptimConfig(lr=config.lr, lr_scaling="none", warmup_epochs=0)
     losses: list[torch.Tensor] = []
     objective.register_forward_hook(lambda _module, _inputs, outcome: losses.append(outcome.loss.detach()))

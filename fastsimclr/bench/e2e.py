@@ -19,7 +19,7 @@ from fastsimclr.bench.record import Contestant, Report, logger, report, seconds_
 from fastsimclr.bench.step import check_mode, named
 from fastsimclr.bench.trace import trace
 from fastsimclr.bench.training_configs import E2eBench
-from fastsimclr.loaders import DataConfig, Relabelled, Resident, Source, choose_place
+from fastsimclr.loaders import DataConfig, Relabelled, Resident, Source, choose_placement
 from fastsimclr.loaders.data import LoaderName
 from fastsimclr.runtime.device import Runtime, choose_runtime
 
@@ -45,7 +45,7 @@ def bench_e2e(config: E2eBench) -> Report:
         start = time.perf_counter()
         held = None
         if "resident" in config.loaders:
-            held = choose_place(source, DataConfig(threads=config.threads, loader="resident"), auto.device).fill()
+            held = choose_placement(source, DataConfig(threads=config.threads, loader="resident"), auto.device).fill()
         setup_s = time.perf_counter() - start
         checks = {"images": what} | loop.same_work(config)
         rates = {workers: _rate(_theirs(config, source, plain, workers, "")) for workers in config.workers}
@@ -60,7 +60,7 @@ def bench_e2e(config: E2eBench) -> Report:
             _theirs(config, source, plain, workers, "fp32 contiguous (default)"),
             _theirs(config, source, choose_runtime(config.device, "bf16", True), workers, "bf16 channels-last (best)"),
         ]
-        entries += [part for loader in config.loaders for part in ours.parts(auto, loader)]
+        entries += [component for loader in config.loaders for component in ours.components(auto, loader)]
         rows, reference = measure_training(entries, config.rounds, plain.device)
         notes = [*NOTES, HOW, *loop.notes(config.stage)]
         if config.profile is not None:
@@ -78,11 +78,11 @@ class _Ours:
 
     def trained(self, runtime: Runtime, loader: LoaderName, *, eager: bool = False) -> Contestant:
         mode = "eager" if eager else self.config.mode
-        facts = {"loader": loader, "setup_s": self.setup_s if loader == "resident" else 0.0}
+        details = {"loader": loader, "setup_s": self.setup_s if loader == "resident" else 0.0}
         name = named(runtime.precision, mode, loader)
-        return watched.trained(name, runtime, self.config, self._batches(runtime, loader), mode=mode, facts=facts)
+        return watched.trained(name, runtime, self.config, self._batches(runtime, loader), mode=mode, details=details)
 
-    def parts(self, runtime: Runtime, loader: LoaderName) -> list[Contestant]:
+    def components(self, runtime: Runtime, loader: LoaderName) -> list[Contestant]:
         """The loader alone and the step alone."""
         config, batches = self.config, self._batches(runtime, loader)
         views = 2 if config.stage == "pretrain" else 1
@@ -90,7 +90,7 @@ class _Ours:
         name = f"{named(runtime.precision, config.mode, loader)}, step alone"
         return [
             watched.loaded(f"ours {loader}, loader alone", runtime, config, batches, views),
-            watched.trained(name, runtime, config, ready, mode=config.mode, rival=False, facts={"loader": "none"}),
+            watched.trained(name, runtime, config, ready, mode=config.mode, rival=False, details={"loader": "none"}),
         ]
 
     def _batches(self, runtime: Runtime, loader: LoaderName) -> Batches:
@@ -107,7 +107,7 @@ def _theirs(config: E2eBench, source: Source, runtime: Runtime, workers: int, wo
         dataset = LabelledFiles(source, baseline.plain_transform(policy))
     loader = data_loader(dataset, config.batch, config.steps, workers, runtime)
     name = f"{loop.title(config.stage)} {words}"
-    return loop.trained(name, runtime, config, lambda: loader, facts={"workers": workers})
+    return loop.trained(name, runtime, config, lambda: loader, details={"workers": workers})
 
 
 def _rate(contestant: Contestant) -> float:
@@ -115,13 +115,13 @@ def _rate(contestant: Contestant) -> float:
     return round(done.images / done.seconds, 2)
 
 
-def _derived(rows: list[dict[str, Any]], config: E2eBench, loaders: int, beside: bool) -> list[dict[str, Any]]:
+def _derived(rows: list[dict[str, Any]], config: E2eBench, loaders: int, overlapped: bool) -> list[dict[str, Any]]:
     """e2e over what its two parts alone allow, round by round, of each loader. Rows in the order of bench_e2e."""
-    combined: Callable[[float, float], float] = max if beside else lambda loader, step: loader + step
+    combined: Callable[[float, float], float] = max if overlapped else lambda loader, step: loader + step
     found = []
     for index, loader in enumerate(config.loaders):
         part = len(rows) - 2 * (loaders - index)
         times = zip(*(seconds_an_image(rows[k]) for k in (index, part, part + 1)), strict=True)
         values = [combined(alone, step) / whole for whole, alone, step in times]
-        found.append({"name": f"{loader}: {_BESIDE if beside else _SERIAL}", **spread(values)})
+        found.append({"name": f"{loader}: {_BESIDE if overlapped else _SERIAL}", **spread(values)})
     return found

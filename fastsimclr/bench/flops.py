@@ -57,7 +57,7 @@ def measure_training(
     devices: how many train together. On CUDA float32 rows get neither: convolutions there may use TF32.
     """
     cuda = device.type == "cuda"
-    precisions = {str(c.facts["precision"]) for c in contestants if c.flops} - ({"fp32"} if cuda else set())
+    precisions = {str(c.details["precision"]) for c in contestants if c.flops} - ({"fp32"} if cuda else set())
     before = {key: product_flops(device, _DTYPES[key]) for key in sorted(precisions)}
     rows = measure(contestants, rounds, device)
     products = {key: max(value, product_flops(device, _DTYPES[key])) for key, value in before.items()}

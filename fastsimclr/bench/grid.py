@@ -14,7 +14,7 @@ import torch
 from fastsimclr.bench import ours
 from fastsimclr.bench.configs import BenchConfig, TorchvisionArch
 from fastsimclr.bench.record import LAST, Contestant, Report, Round, Stopwatch, frame, measure
-from fastsimclr.loaders import Batch, Crops, DataConfig, Resident, Source, TrainLoader, choose_place, open_data
+from fastsimclr.loaders import Batch, Crops, DataConfig, Resident, Source, TrainLoader, choose_placement, open_data
 from fastsimclr.methods import Contrastive
 from fastsimclr.models import ModelConfig, build_simclr, count_parameters
 from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
@@ -92,7 +92,7 @@ def bench_grid(config: GridBench) -> Report:
         side = size if size <= 32 else size * 8 // 7
         data = DataConfig(source="synthetic", synthetic_images=2 * most, synthetic_size=side, loader="resident")
         source = open_data(data).unlabelled
-        held[size] = source, choose_place(source, data, runtime.device).fill()
+        held[size] = source, choose_placement(source, data, runtime.device).fill()
     entries = [_trained(config, point, runtime, *held[point[2]]) for point in every]
     rows = measure(entries, config.rounds, runtime.device)
     notes = [
@@ -110,7 +110,7 @@ def _trained(
     torch.manual_seed(config.seed)
     net = build_simclr(ModelConfig(arch=arch, width=width, head_layers=ours.HEAD_LAYERS), size)
     objective = Contrastive(net, temperature=ours.TEMPERATURE, scaling="paper")
-    runtime.place(objective)
+    runtime.to_device(objective)
     optim = OptimConfig(lr=ours.LR, lr_scaling="none", warmup_epochs=0)
     optimizer = build_optimizer(optim, objective, global_batch=batch)
     watch, cpu = Stopwatch(runtime.device), list[float]()
@@ -143,11 +143,11 @@ def _trained(
             _Timed(runtime, job, watch, cpu).fit()
         turn += 1
         if runtime.device.type == "cpu":
-            facts["cpu_ms"].append(1e3 * (cpu[-1] - cpu[0]) / config.steps)
+            details["cpu_ms"].append(1e3 * (cpu[-1] - cpu[0]) / config.steps)
         cpu.clear()
         return watch.round(batch)
 
-    facts: dict[str, Any] = {
+    details: dict[str, Any] = {
         "arch": arch,
         "width": width,
         "size": size,
@@ -160,7 +160,7 @@ def _trained(
         "cpu_ms": list[float](),
     }
     name = f"{arch} x{width:g}, {size} px, batch {batch}"
-    return Contestant(name=name, ours=True, views=objective.views, run=run, facts=facts)
+    return Contestant(name=name, ours=True, views=objective.views, run=run, details=details)
 
 
 class _Timed(Trainer):

@@ -34,7 +34,7 @@ from fastsimclr.loaders import (
     Recoding,
     Source,
     TrainLoader,
-    choose_place,
+    choose_placement,
     pack,
     thread_count,
 )
@@ -60,10 +60,10 @@ class _Entries:
 
     config: LoaderBench
     watch: Stopwatch
-    found: list[Contestant] = field(default_factory=list)
+    contestants: list[Contestant] = field(default_factory=list)
     pairs: list[tuple[str, str]] = field(default_factory=list)
 
-    def add(self, name: str, views: int, stream: rivals.Stream, *rivalled: str, **facts: Any) -> None:
+    def add(self, name: str, views: int, stream: rivals.Stream, *rivalled: str, **details: Any) -> None:
         """A contestant; `rivalled` are ours that it is a baseline of."""
 
         def run() -> Round:
@@ -78,7 +78,9 @@ class _Entries:
             rivals.end(batches)
             return done
 
-        self.found.append(Contestant(name=name, ours=name.startswith("ours"), views=views, run=run, facts=facts))
+        self.contestants.append(
+            Contestant(name=name, ours=name.startswith("ours"), views=views, run=run, details=details)
+        )
         self.pairs += [(ours, name) for ours in rivalled]
 
 
@@ -98,7 +100,7 @@ def bench_loader(config: LoaderBench) -> Report:
             "our JPEGs are decoded by": "libturbojpeg" if TURBO_JPEG else "simplejpeg; with libturbojpeg0, faster",
         }
         checks["decoded pixels, mean |ours - PIL| of 255"] = _pixel_distance(source)
-        rows = measure(entries.found, config.rounds, runtime.device)
+        rows = measure(entries.contestants, config.rounds, runtime.device)
     by_name = {row["name"]: row for row in rows}
     ratios = [_ratio(by_name[ours], by_name[other]) for ours, other in entries.pairs]
     notes = [*NOTES, *(f"{name} is not installed and not measured" for name in missing)]
@@ -134,9 +136,9 @@ class _Set:
         """Add the contestants."""
         suffix = {"packed": "", "raw": ", raw", "original": ", originals"}[self.kind]
         ship, crops, batch, size = SHIP + suffix, CROPS + suffix, self.config.batch, self.config.size
-        add, facts = self.entries.add, {"images": len(self.once), "threads": self.threads}
-        add(ship, 0, lambda: self._ours(False), **facts)
-        add(crops, 2, lambda: self._ours(True), **facts)
+        add, details = self.entries.add, {"images": len(self.once), "threads": self.threads}
+        add(ship, 0, lambda: self._ours(False), **details)
+        add(crops, 2, lambda: self._ours(True), **details)
         if self.kind != "raw":
             # As many as ours read, each in a place of its own: a few hundred would stay in the caches.
             files = [bytes(self.many.read(k)) for k in range(len(self.many))]
@@ -180,7 +182,7 @@ class _Set:
         crops = self._crops(Policy(size=self.config.size, normalise="none").plain())
         start = time.perf_counter()
         data = DataConfig(threads=self.config.threads, loader="resident")
-        resident = choose_place(self.many, data, self.runtime.device).fill()
+        resident = choose_placement(self.many, data, self.runtime.device).fill()
         setup_s = round(time.perf_counter() - start, 3)
 
         def stream() -> Iterator[Any]:

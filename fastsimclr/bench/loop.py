@@ -45,7 +45,7 @@ def trained(
     batches: Callable[[], Iterable[Tensors]],
     *,
     compiled: bool = False,
-    facts: dict[str, Any],
+    details: dict[str, Any],
 ) -> Contestant:
     """A contestant whose round is one pass over batches(): two views float [N, 3, S, S], or one and labels int64 [N].
 
@@ -58,12 +58,12 @@ def trained(
         rival = supervised.supervised(config)
     flops = flops_per_image(rival.networks, config.size, rival.views)
     for net in rival.networks:
-        runtime.place(net)
+        runtime.to_device(net)
         if compiled:
             net.compile()
     watch = Stopwatch(runtime.device)
 
-    def place(tensor: Tensor) -> Tensor:
+    def to_device(tensor: Tensor) -> Tensor:
         tensor = tensor.to(runtime.device, non_blocking=True)
         views = runtime.channels_last and tensor.ndim == 4
         return tensor.contiguous(memory_format=torch.channels_last) if views else tensor
@@ -73,7 +73,7 @@ def trained(
         watch.start()
         for batch in steps:
             watch.mark("wait")
-            placed = [place(tensor) for tensor in batch]
+            placed = [to_device(tensor) for tensor in batch]
             watch.mark("views")
             with runtime.autocast():
                 outputs = rival.forward(placed, watch.mark)
@@ -106,7 +106,7 @@ def trained(
         ours=False,
         views=rival.views,
         run=lambda: one_pass(batches()),
-        facts=known | facts,
+        details=known | details,
         flops=flops,
         prepare=prepare if compiled else None,
     )

@@ -27,7 +27,7 @@ from fastsimclr.models import ModelConfig, ResNet, build_simclr
 from fastsimclr.optim import OptimConfig, build_optimizer
 from fastsimclr.runtime.device import Precision, Runtime, choose_runtime
 from fastsimclr.training.feed import ship
-from fastsimclr.training.gradient_cache import backward_in_parts
+from fastsimclr.training.gradient_cache import backward_in_micro_batches
 
 WHOLE = "the whole batch at once"
 LR = 1.0  # of the steps that come before gradients are compared
@@ -90,7 +90,7 @@ def contrastive(config: MicroBench, runtime: Runtime) -> Contrastive:
     torch.manual_seed(config.seed)
     model = ModelConfig(arch=config.arch, width=config.width, head_layers=ours.HEAD_LAYERS, head_dim=ours.HEAD_DIM)
     objective = Contrastive(build_simclr(model, config.size), temperature=ours.TEMPERATURE, scaling="paper")
-    runtime.place(objective)
+    runtime.to_device(objective)
     return objective.train()
 
 
@@ -98,7 +98,7 @@ def gradients(objective: Contrastive, images: Tensor, labels: Tensor, micro: int
     """Those of the whole batch's loss, as the trainer makes them."""
     objective.zero_grad(set_to_none=True)
     if micro is not None:
-        backward_in_parts(objective, images, labels, micro, lambda loss: loss, runtime.autocast)
+        backward_in_micro_batches(objective, images, labels, micro, lambda loss: loss, runtime.autocast)
         return
     with runtime.autocast():
         outcome = objective(images, labels)

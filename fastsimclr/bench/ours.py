@@ -102,6 +102,6 @@ def job_of(
         seed=seed,
         fingerprint="",
         recipe="",
-        facts={},
+        metadata={},
         resume=False,
     )

@@ -47,7 +47,7 @@ class Round:
 class Contestant:
     """One variant under measurement. `run` does one round; views: how many views of an image it makes.
 
-    facts: what a reader must know of it: precision, layout, parameters, time of set-up. flops: of an image in a step,
+    details: what a reader must know of it: precision, layout, parameters, time of set-up. flops: of an image in a step,
     0 where they are not counted. rival: False for a part of the work, of which no ratio is formed. prepare: what comes
     before its first round, compiling and capturing; gives the seconds.
     """
@@ -56,7 +56,7 @@ class Contestant:
     ours: bool
     views: int
     run: Callable[[], Round]
-    facts: dict[str, Any]
+    details: dict[str, Any]
     flops: int = 0
     rival: bool = True
     prepare: Callable[[], float] | None = None
@@ -147,7 +147,7 @@ def _row(contestant: Contestant, turns: list[Round], peak: int, prepared: dict[s
         "peak_memory_mib": peak / 2**20 or None,
         "flops_per_image": contestant.flops or None,
         "loss": statistics.mean(losses) if losses else None,
-        "facts": contestant.facts | prepared,
+        "facts": contestant.details | prepared,
         "warmup": asdict(warmup),
         "rounds": [asdict(turn) for turn in counted],
     }
@@ -196,12 +196,12 @@ def frame(
     config: dict[str, Any],
     runtime: Runtime,
     rows: list[dict[str, Any]],
-    found: list[dict[str, Any]],
+    ratio_rows: list[dict[str, Any]],
     *,
     checks: dict[str, Any],
     notes: Sequence[str],
 ) -> Report:
-    """What every report has: rows and the ratios `found`, with device, versions, commit, settings and seed."""
+    """What every report has: rows and their ratios, `ratio_rows`, with device, versions, commit, settings and seed."""
     facts = environment(runtime)
     for key in ("precision", "channels_last"):  # each row has its own
         facts.pop(key)
@@ -217,7 +217,7 @@ def frame(
         "checks": checks,
         "notes": list(notes),
         "rows": rows,
-        "ratios": found,
+        "ratios": ratio_rows,
         "process_peak_mib": round(peak / 2**20, 1),
     }
 

@@ -28,7 +28,7 @@ from fastsimclr.bench.step import synthetic
 from fastsimclr.bench.training_configs import ScalingBench
 from fastsimclr.distributed.ranks import Ranks
 from fastsimclr.distributed.torchrun import launched
-from fastsimclr.loaders import choose_place, open_data
+from fastsimclr.loaders import choose_placement, open_data
 from fastsimclr.methods import Outcome
 from fastsimclr.models import batch_groups, set_groups
 from fastsimclr.runs.text import write_text
@@ -47,13 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Arguments: the file to write and the settings as JSON. Rank 0 writes it."""
     out, settings = sys.argv[1:] if arguments is None else arguments
     launch = launched()
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO if launch.ranks.first else 30)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO if launch.ranks.is_first else 30)
     launch.enter()
     try:
         given = json.loads(settings)
         config = ScalingBench(**given | ({"ranks": tuple(given["ranks"])} if "ranks" in given else {}))
         found = measure_world(config.at_smoke_size())
-        if launch.ranks.first:
+        if launch.ranks.is_first:
             write_text(Path(out), json.dumps(found) + "\n")
         launch.wait()
     except Exception as error:
@@ -75,7 +75,7 @@ def measure_world(config: ScalingBench) -> dict[str, Any]:
     alone = replace(runtime, ranks=Ranks())
     data = synthetic(config, config.batch * ranks.world)
     source = open_data(data).unlabelled
-    resident = choose_place(source, data, runtime.device).fill()
+    resident = choose_placement(source, data, runtime.device).fill()
     settings = TrainerConfig(bn_groups=config.bn_groups)
     kinds = [(ALL, runtime, None), (UNAVERAGED, runtime, unaveraged), (NONE, alone, None)]
     entries = []
@@ -88,7 +88,7 @@ def measure_world(config: ScalingBench) -> dict[str, Any]:
             mode=config.mode,
             settings=settings,
             step_of=step_of,
-            facts={"exchanges": exchanges, "ranks": ranks.world},
+            details={"exchanges": exchanges, "ranks": ranks.world},
         )
         entries.append(_together(contestant, ranks))
     rows, reference = measure_training(entries, config.rounds, runtime.device, devices=ranks.world)

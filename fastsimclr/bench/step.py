@@ -15,7 +15,7 @@ from fastsimclr.bench.flops import HOW, measure_training
 from fastsimclr.bench.record import Contestant, Report, report, seconds_an_image, spread
 from fastsimclr.bench.trace import trace
 from fastsimclr.bench.training_configs import Mode, StepBench
-from fastsimclr.loaders import DataConfig, choose_place, open_data
+from fastsimclr.loaders import DataConfig, choose_placement, open_data
 from fastsimclr.runtime.device import Precision, Runtime, choose_runtime
 from fastsimclr.training.feed import Shipment
 
@@ -32,7 +32,7 @@ def bench_step(config: StepBench) -> Report:
         check_mode(mode, plain, "modes")
     data = synthetic(config, config.batch)
     source = open_data(data).unlabelled
-    resident = choose_place(source, data, plain.device).fill()
+    resident = choose_placement(source, data, plain.device).fill()
     batches = watched.loading(source, resident, plain, config, data)
     shipments = watched.shipped(batches, plain, config, 2 if config.stage == "pretrain" else 1)
     full = choose_runtime(config.device, _FULL, True)
@@ -95,9 +95,9 @@ def _theirs(config: StepBench, shipments: list[Shipment], plain: Runtime, best: 
         ("bf16 channels-last (best)", best, False),
         ("bf16 channels-last, compiled (best)", best, True),
     ]
-    title, facts = loop.title(config.stage), {"views": "ready-made"}
+    title, details = loop.title(config.stage), {"views": "ready-made"}
     return [
-        loop.trained(f"{title} {words}", runtime, config, batches, compiled=compiled, facts=facts)
+        loop.trained(f"{title} {words}", runtime, config, batches, compiled=compiled, details=details)
         for words, runtime, compiled in settings
         if config.compiled_baseline or not compiled
     ]

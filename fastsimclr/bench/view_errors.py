@@ -168,10 +168,10 @@ def _single_ops(size: int) -> dict[str, Policy]:
     return {op: _crops(size, crop="centre", centre_fraction=1.0, **changes) for op, changes in ops.items()}
 
 
-def _drawn(op: str, policy: Policy, images: Ragged, seed: int, first: int = 0) -> ViewParams:
+def _drawn(op: str, policy: Policy, images: Ragged, seed: int, first_id: int = 0) -> ViewParams:
     """The draws of one view of each image, on the CPU; those of one jitter op leave the other three neutral."""
     n, shapes = len(images), torch.stack([images.heights, images.widths], 1).cpu()
-    params = draw(policy, seed, torch.zeros(n), torch.arange(first, first + n), 1, shapes)
+    params = draw(policy, seed, torch.zeros(n), torch.arange(first_id, first_id + n), 1, shapes)
     if op not in _JITTER:
         return params
     return replace(params, factors=torch.where(torch.arange(4) == _JITTER.index(op), params.factors, _NEUTRAL))

@@ -28,7 +28,7 @@ from fastsimclr.bench.view_errors import view_errors
 from fastsimclr.kernels.backend import Backend
 from fastsimclr.kernels.gather.views import gather_views
 from fastsimclr.kernels.views import make_views
-from fastsimclr.loaders import DataConfig, Policy, Resident, Source, ViewParams, choose_place, draw
+from fastsimclr.loaders import DataConfig, Policy, Resident, Source, ViewParams, choose_placement, draw
 from fastsimclr.loaders.sets.basic import SyntheticSource
 from fastsimclr.runtime.device import Runtime, choose_runtime
 
@@ -54,7 +54,7 @@ def held(config: ViewsBench, count: int, device: str) -> Resident:
     source: Source = SyntheticSource(count, config.side, 1)
     if config.root is not None:
         source, _ = open_files(config.root, count, config.side, config.seed, Path())
-    resident = choose_place(source, DataConfig(loader="resident"), torch.device(device)).fill()
+    resident = choose_placement(source, DataConfig(loader="resident"), torch.device(device)).fill()
     assert resident is not None  # "always"
     return resident
 
@@ -222,7 +222,7 @@ def _bench(config: ViewsBench, runtime: Runtime) -> Report:
 
 def _work(
     config: ViewsBench,
-    what: str,
+    case_name: str,
     forms: dict[str, ViewsForm],
     faults: dict[str, str],
     device: torch.device,
@@ -246,7 +246,7 @@ def _work(
             )
         )
     return OpCase(
-        name=f"{what}, {config.views} views of {config.size}, {config.policy}",
+        name=f"{case_name}, {config.views} views of {config.size}, {config.policy}",
         unit="images",
         items=config.images,
         bound=lambda ceilings: (

@@ -54,11 +54,11 @@ class _Watched(Trainer):
         self._watch, self._make = watch, step_of
         self._kept: Step | None = None
 
-    def again(self, batches: Batches, first: int, steps: int, run: Path) -> None:
-        """Train `steps` steps on the batches from step `first` on, from a standing start; `run` is an empty folder."""
+    def again(self, batches: Batches, first_step: int, steps: int, run: Path) -> None:
+        """Train `steps` steps on the batches from `first_step` on, from a standing start; `run` is an empty folder."""
 
         def begin(start: int, stop: int, crops: Crops) -> Iterable[Batch]:
-            coming = batches(first + start, first + stop, crops)
+            coming = batches(first_step + start, first_step + stop, crops)
             self._watch.start()
             return coming
 
@@ -99,7 +99,7 @@ def trained(
     rival: bool = True,
     settings: TrainerConfig | None = None,
     step_of: Callable[[Trainer], Step] | None = None,
-    facts: dict[str, Any] | None = None,
+    details: dict[str, Any] | None = None,
 ) -> Contestant:
     """A contestant whose round is config.steps steps of Trainer.fit on `batches`: feed, views, loss and optimizer.
 
@@ -109,7 +109,7 @@ def trained(
     objective = objective_of(config)
     flops = flops_per_image(networks_of(objective), config.size, objective.views)
     parameters = count_parameters(networks_of(objective)[0])
-    runtime.place(objective)
+    runtime.to_device(objective)
     global_batch = config.batch * runtime.ranks.world
     optimizer, optimizer_name = optimizer_of(config, objective, global_batch)
     watch = Stopwatch(runtime.device)
@@ -160,7 +160,7 @@ def trained(
         ours=True,
         views=objective.views,
         run=lambda: fit(config.steps),
-        facts=known | (facts or {}),
+        details=known | (details or {}),
         flops=flops,
         rival=rival,
         prepare=prepare if _PREPARING[mode] else None,
@@ -241,7 +241,7 @@ def loaded(name: str, runtime: Runtime, config: StageBench, batches: Batches, vi
                 watch.mark(LAST)
         return watch.round(config.batch)
 
-    return Contestant(name=name, ours=True, views=0, run=run, facts={}, rival=False)
+    return Contestant(name=name, ours=True, views=0, run=run, details={}, rival=False)
 
 
 def teacher_forward(name: str, runtime: Runtime, config: StageBench, shipments: Sequence[Shipment]) -> Contestant:
@@ -250,7 +250,7 @@ def teacher_forward(name: str, runtime: Runtime, config: StageBench, shipments: 
     assert isinstance(objective, Distillation)
     teacher = objective.teacher.eval()
     flops = flops_per_image([teacher], config.size, objective.views)
-    runtime.place(teacher)
+    runtime.to_device(teacher)
     watch = Stopwatch(runtime.device)
     ready = [shipment.render(runtime.view_dtype) for shipment in shipments]
 
@@ -262,6 +262,6 @@ def teacher_forward(name: str, runtime: Runtime, config: StageBench, shipments: 
             watch.mark(LAST)
         return watch.round(config.batch)
 
-    facts = {"precision": runtime.precision, "channels_last": runtime.channels_last, "mode": "eager"}
+    details = {"precision": runtime.precision, "channels_last": runtime.channels_last, "mode": "eager"}
     views = objective.views
-    return Contestant(name=name, ours=True, views=views, run=run, facts=facts, flops=flops, rival=False)
+    return Contestant(name=name, ours=True, views=views, run=run, details=details, flops=flops, rival=False)

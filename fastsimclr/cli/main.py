@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch = Launch()
     try:
         launch = launched()
-        mine = "" if launch.ranks.first else f"[rank {launch.ranks.rank}] "
+        mine = "" if launch.ranks.is_first else f"[rank {launch.ranks.rank}] "
         level = logging.WARNING if mine else logging.INFO
         logging.basicConfig(format=f"{mine}%(message)s", stream=sys.stderr, level=level)
         launch.enter()
@@ -172,11 +172,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stop:
         goes_on = words[0] in ("run", "demo", "study") or ("--resume", "auto") in pairwise(words)
         again = "" if goes_on else " with --resume auto"
-        if launch.ranks.first:
+        if launch.ranks.is_first:
             print(f"\n{stop}; give the same command{again} to go on", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
-        if launch.ranks.first:
+        if launch.ranks.is_first:
             print("\ninterrupted", file=sys.stderr)
         return 130
     except Exception as error:
@@ -203,7 +203,7 @@ def _run_study(command: str, options: Namespace) -> int:
 
 
 def _run_stages(command: str, options: Namespace) -> int:
-    first = launched().ranks.first
+    first = launched().ranks.is_first
     recipe = recipe_from(options)
     teachers = options.get("teacher") or []
     start = options.get("from") or next((name for name in teachers if not is_foreign(name)), None)

@@ -21,7 +21,7 @@ from fastsimclr.loaders.beton.verify import damaged_blobs
 from fastsimclr.loaders.shards.cache import GIB, ShardCache, default_cache
 from fastsimclr.loaders.shards.index import labels_of
 from fastsimclr.loaders.shards.index_files import listed, write_index
-from fastsimclr.packing.report import facts, lines
+from fastsimclr.packing.report import inspection_report, lines
 from fastsimclr.packing.sheet import write_sheet
 from fastsimclr.runs.stop import StopFlag, Stopped
 
@@ -160,7 +160,7 @@ def _pack_one(source: Source, target: Path, packing: Packing) -> None:
             assert flag.signum is not None
             raise Stopped(flag.signum, f"stopped: {stop} into {target.name}.partial") from stop
     seconds = time.perf_counter() - began
-    print("\n".join(lines(facts(made))))
+    print("\n".join(lines(inspection_report(made))))
     print(f"{target}: {len(made):,} images in {seconds:.1f} s")
 
 
@@ -170,7 +170,7 @@ def _advance(bar: Any, done: int) -> None:
 
 def _inspect(options: Namespace) -> int:
     source = BetonSource(Path(options.file))
-    found = facts(source)
+    found = inspection_report(source)
     if options.sheet is not None:
         write_sheet(source, Path(options.sheet))
         found["sheet"] = options.sheet

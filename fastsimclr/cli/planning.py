@@ -117,9 +117,9 @@ def plan(recipe: Recipe, options: PlanOptions, rates: Rates, precision: str) -> 
     )
 
 
-def _stages(found: Sequence[Span]) -> list[str]:
+def _stages(stage_spans: Sequence[Span]) -> list[str]:
     rows = [("stage", "px", "images a step", "steps", "step ms", "images/s", "views/s", "hours", "bound")]
-    for span in found:
+    for span in stage_spans:
         rate = span.time.images / span.time.seconds
         views = rate * (2 if span.stage == "pretrain" else 1)
         rows.append(
@@ -135,19 +135,19 @@ def _stages(found: Sequence[Span]) -> list[str]:
                 span.time.bound,
             )
         )
-    total = sum(span.hours for span in found)
+    total = sum(span.hours for span in stage_spans)
     rows.append(("all of them", "", "", "", "", "", "", f"{total:,.3g}", ""))
     return aligned(rows)
 
 
-def _parts(found: Sequence[Span]) -> list[str]:
+def _parts(stage_spans: Sequence[Span]) -> list[str]:
     rows: list[tuple[str, ...]] = [("ms of a pretraining step", "compute", "all-reduce", "BN", "gather", "input")]
-    for span in found:
+    for span in stage_spans:
         if span.stage == "pretrain":
             time = span.time
             parts = (time.compute_s, time.all_reduce_s, time.norm_s, time.gather_s, time.input_s)
             rows.append((f"  {span.size} px", *(f"{1e3 * part:,.2f}" for part in parts)))
-    overlapped = next(span.time.overlapped for span in found if span.stage == "pretrain")
+    overlapped = next(span.time.overlapped for span in stage_spans if span.stage == "pretrain")
     how = "max(compute, all-reduce)" if overlapped else "compute + all-reduce"
     return [*aligned(rows), f"  step = max({how} + BN + gather, input)"]
 

@@ -53,8 +53,8 @@ def run_studies(options: Namespace) -> int:
     if kind is TransferStudy:
         settings["start"] = chosen["from"]
     out, ranks = Path(chosen.out), launched().ranks
-    text, outcomes = run_study(kind(**settings), recipe_from(chosen), out, world=ranks.world, first=ranks.first)
-    if ranks.first:
+    text, outcomes = run_study(kind(**settings), recipe_from(chosen), out, world=ranks.world, is_first=ranks.is_first)
+    if ranks.is_first:
         print(f"\n{text}\n")
         for name, reason in outcomes.failed.items():
             print(f"failed: {name}: {reason}")

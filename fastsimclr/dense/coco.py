@@ -106,7 +106,7 @@ def _missing(names: Iterator[str] | Any, folder: Path) -> Iterator[str]:
     return (name for name in names if not (folder / name).is_file())
 
 
-def _refuse(path: Path, what: str, faulty: Iterator[Any], shown: int = 3) -> None:
+def _refuse(path: Path, fault: str, faulty: Iterator[Any], shown: int = 3) -> None:
     if found := list(faulty):
         some = ", ".join(map(str, found[:shown])) + (", ..." if len(found) > shown else "")
-        raise DataError(f"{path}: {len(found)} {what}: {some}")
+        raise DataError(f"{path}: {len(found)} {fault}: {some}")

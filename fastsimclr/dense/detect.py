@@ -111,7 +111,7 @@ class _Detection(Task):
         write_text(out / "predictions.json", json.dumps(found) + "\n")
         return average_precision(Annotations(self.val, self.categories), found)
 
-    def facts(self) -> dict[str, Any]:
+    def data_summary(self) -> dict[str, Any]:
         boxes = sum(len(image.boxes) for image in self.examples)
         return {
             "images": len(self.examples),
@@ -132,12 +132,12 @@ def _pixels(image: Boxes) -> Tensor:
     return pixels
 
 
-def average_precision(truth: Annotations, found: Sequence[dict[str, Any]]) -> dict[str, float]:
+def average_precision(truth: Annotations, detections: Sequence[dict[str, Any]]) -> dict[str, float]:
     """COCO's AP by pycocotools: `map` over IoU .5 to .95 and `map50` at .5, as parts of 1; 0 where nothing is found.
 
-    found: COCO's results: image_id, category_id, bbox [x, y, width, height], score. Not a number where no box is true.
+    detections: COCO's results: image_id, category_id, bbox [x, y, width, height], score. NaN where no box is true.
     """
-    if not found:
+    if not detections:
         return {"map": 0.0, "map50": 0.0}
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -156,7 +156,7 @@ def average_precision(truth: Annotations, found: Sequence[dict[str, Any]]) -> di
             "annotations": [{"id": number, **entry} for number, entry in enumerate(entries, 1)],
         }
         coco.createIndex()
-        scored = COCOeval(coco, coco.loadRes(list(found)), "bbox")
+        scored = COCOeval(coco, coco.loadRes(list(detections)), "bbox")
         scored.evaluate()
         scored.accumulate()
         scored.summarize()

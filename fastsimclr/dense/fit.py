@@ -29,13 +29,13 @@ _FREE = ("out", "device", "workers", "checkpoint_steps", "resume")  # may differ
 
 @dataclass(frozen=True, kw_only=True)
 class _Rates(Schedule):
-    """The learning rate of each step: `part`(step, total_steps) of the peak."""
+    """The learning rate of each step: `share_of_peak`(step, total_steps) of the peak."""
 
-    part: Callable[[int, int], float]
+    share_of_peak: Callable[[int, int], float]
     warmup_steps: int = 0
 
     def __call__(self, step: int) -> float:
-        return self.peak * self.part(step, self.total_steps)
+        return self.peak * self.share_of_peak(step, self.total_steps)
 
 
 def fit(name: str, task: Task, config: FitConfig) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def fit(name: str, task: Task, config: FitConfig) -> dict[str, Any]:
     if config.batch > len(task.examples):
         raise ValueError(f"--batch={config.batch}, but there are {len(task.examples)} training images; use fewer")
     runtime = choose_runtime(config.device, "fp32", False)
-    runtime.place(task)
+    runtime.to_device(task)
     weights = [value for value in task.parameters() if value.requires_grad]
     peak, total = config.lr * config.batch / 16, config.epochs * (len(task.examples) // config.batch)
     job = TrainingJob(
@@ -57,7 +57,7 @@ def fit(name: str, task: Task, config: FitConfig) -> dict[str, Any]:
         run=out,
         objective=task,
         optimizer=torch.optim.SGD(weights, lr=peak, momentum=config.momentum, weight_decay=config.weight_decay),
-        schedule=_Rates(peak=peak, total_steps=total, part=task.rate),
+        schedule=_Rates(peak=peak, total_steps=total, share_of_peak=task.rate),
         batches=lambda start, stop, crops: range(start, stop),  # the reader reads the images of these steps
         policy=None,
         feed=partial(Reader, task, config),
@@ -65,7 +65,7 @@ def fit(name: str, task: Task, config: FitConfig) -> dict[str, Any]:
         seed=config.seed,
         fingerprint=hashlib.sha256(repr(task.examples).encode()).hexdigest(),
         recipe=yaml.safe_dump({name: {key: settings[key] for key in settings if key not in ("out", "resume")}}),
-        facts={key: value for key, value in settings.items() if key not in _FREE},
+        metadata={key: value for key, value in settings.items() if key not in _FREE},
         resume=config.resume == "auto",
     )
     trainer = Trainer(TrainerConfig(checkpoint_every_steps=config.checkpoint_steps), runtime, job)
@@ -77,7 +77,7 @@ def fit(name: str, task: Task, config: FitConfig) -> dict[str, Any]:
         "metrics": metrics,
         "training": {"steps": total, "loss": task.last_loss.item()},
         "seconds": round(trainer.trained_s + time.monotonic() - started, 2),
-        "data": task.facts(),
+        "data": task.data_summary(),
         "settings": settings,
         "environment": environment(runtime) | {"torchvision": str(torchvision.__version__)},
     }

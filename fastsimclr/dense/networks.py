@@ -39,7 +39,7 @@ class Body:
 
     def __init__(self, run: Path, init: Init, norm: Norm) -> None:
         origin = open_run(run, "cpu", None)
-        encoder, card = origin.part("encoder")
+        encoder, card = origin.network_and_card("encoder")
         assert isinstance(encoder, ResNet)
         state = torchvision_state(encoder, card, str(run), remedy=_REMEDY)
         self.arch, self.basic = card.config.arch, card.config.arch in ("resnet18", "resnet34")

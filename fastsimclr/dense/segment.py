@@ -110,7 +110,7 @@ class _Segmentation(Task):
             confusion_KK += confusion(mask_HW, found_HW, self.classes)
         return scores(confusion_KK)
 
-    def facts(self) -> dict[str, Any]:
+    def data_summary(self) -> dict[str, Any]:
         return {"images": len(self.examples), "val": len(self.val), "classes": self.classes}
 
 

@@ -110,7 +110,7 @@ class Task(Objective):
         """Metrics on the validation images; files beside them go to `out`."""
 
     @abstractmethod
-    def facts(self) -> dict[str, Any]:
+    def data_summary(self) -> dict[str, Any]:
         """Counts of the data, for result.json."""
 
     def forward(self, images: Any, labels: Any) -> Outcome:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastsimclr.deploy.files import need, whole
+from fastsimclr.deploy.files import atomic_outputs, need
 from fastsimclr.deploy.origin import Origin
 from fastsimclr.deploy.sinks import Dtype, Npy, Parquet, Sink
 from fastsimclr.deploy.stream import Pass, StreamConfig
@@ -40,7 +40,7 @@ def embed(config: EmbedConfig) -> dict[str, object]:
     files = (out, out.with_suffix(".csv")) if out.suffix == ".npy" else (out,)
     if out.suffix == ".parquet":
         need("a Parquet file", "parquet", "pyarrow")
-    with whole(*files, overwrite=config.overwrite, read=Path(config.images)) as parts:
+    with atomic_outputs(*files, overwrite=config.overwrite, read=Path(config.images)) as parts:
         run = Pass(config)
         network, columns = features(run.origin, config.layer)
         sink: Sink

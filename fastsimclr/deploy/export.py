@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from fastsimclr.deploy import huggingface, timm_format
-from fastsimclr.deploy.files import whole
+from fastsimclr.deploy.files import atomic_outputs
 from fastsimclr.deploy.graph import write_onnx
 from fastsimclr.deploy.origin import open_run
 from fastsimclr.deploy.weights import torchvision_state, write_safetensors
@@ -47,9 +47,9 @@ def export(config: ExportConfig) -> dict[str, object]:
         raise FileExistsError(f"{out} is a file; --format {config.format} writes a folder, give another --out")
     targets = tuple(out / name for name in inside) if inside else (out,)
     loads: dict[str, object] = {}
-    with whole(*targets, overwrite=config.overwrite, read=run) as paths:
+    with atomic_outputs(*targets, overwrite=config.overwrite, read=run) as paths:
         origin = open_run(run, "cpu", None)
-        network, card = origin.part(None if config.part == "auto" else config.part)
+        network, card = origin.network_and_card(None if config.part == "auto" else config.part)
         match config.format:
             case "torchvision":
                 torch.save(torchvision_state(network, card, config.run), paths[0])

@@ -12,7 +12,7 @@ from fastsimclr.runs.checkpoint import sync_folder
 
 
 @contextlib.contextmanager
-def whole(*paths: Path, overwrite: bool, read: Path) -> Iterator[tuple[Path, ...]]:
+def atomic_outputs(*paths: Path, overwrite: bool, read: Path) -> Iterator[tuple[Path, ...]]:
     """FILE.part for each of `paths`, to be written in the block and renamed at its end; after an error none is left.
 
     read: what the content is made from, never replaced. Makes the folder; after an error it is not left empty.
@@ -44,7 +44,7 @@ def whole(*paths: Path, overwrite: bool, read: Path) -> Iterator[tuple[Path, ...
                 folder.rmdir()
 
 
-def need(what: str, extra: str, *packages: str) -> None:
+def need(feature: str, extra: str, *packages: str) -> None:
     """ValueError with the install command where a package of the optional extra `extra` is missing."""
     if missing := [package for package in packages if find_spec(package) is None]:
-        raise ValueError(f'{what} needs {" and ".join(missing)}; run: pip install "fastsimclr[{extra}]"')
+        raise ValueError(f'{feature} needs {" and ".join(missing)}; run: pip install "fastsimclr[{extra}]"')

@@ -128,23 +128,23 @@ def _transformers_config(card: Card, encoder: ResNet) -> dict[str, Any]:
     return config
 
 
-def _processor(made: dict[str, Any]) -> dict[str, Any]:
+def _processor(preprocessing: dict[str, Any]) -> dict[str, Any]:
     """preprocessor_config.json of the class in transformers that resizes the shorter side and cuts its centre.
 
     We cut first and resize then; docs/deploy.md has the difference.
     """
-    side, fraction = made["size"], made["centre_fraction"]
+    side, fraction = preprocessing["size"], preprocessing["centre_fraction"]
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": round(side / fraction)} if fraction else {"height": side, "width": side},
-        "resample": 3 if made["resize"].endswith("bicubic") else 2,
+        "resample": 3 if preprocessing["resize"].endswith("bicubic") else 2,
         "do_center_crop": bool(fraction),
         "crop_size": {"height": side, "width": side},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
-        "do_normalize": bool(made["mean"]),
-        "image_mean": made["mean"] or [0.0, 0.0, 0.0],
-        "image_std": made["std"] or [1.0, 1.0, 1.0],
+        "do_normalize": bool(preprocessing["mean"]),
+        "image_mean": preprocessing["mean"] or [0.0, 0.0, 0.0],
+        "image_std": preprocessing["std"] or [1.0, 1.0, 1.0],
     }

@@ -26,7 +26,7 @@ class Origin:
 
     path: Path
     stage: str
-    facts: dict[str, Any]
+    network_metadata: dict[str, Any]
     network: SimCLRNet | ClassifierNet
     policy: Policy
     runtime: Runtime
@@ -37,7 +37,7 @@ class Origin:
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names in the order of the logits; () after pretraining."""
-        return tuple(self.facts["classes"])
+        return tuple(self.network_metadata["classes"])
 
     def classifier(self) -> ClassifierNet:
         """The classifier. ValueError after pretraining."""
@@ -48,16 +48,16 @@ class Origin:
             )
         return self.network
 
-    def part(self, chosen: Part | None) -> tuple[ClassifierNet | ResNet, Card]:
+    def network_and_card(self, chosen: Part | None) -> tuple[ClassifierNet | ResNet, Card]:
         """The part to be exported, and its card; None: the classifier where there is one."""
         named = chosen or ("classifier" if self.classes else "encoder")
         network = self.classifier() if named == "classifier" else self.network.encoder
         card = Card(
             part=named,
             stage=self.stage,
-            config=ModelConfig(**self.facts["model"]),
-            size=self.facts["size"],
-            head_layer=self.facts["head_layer"] if named == "classifier" else 0,
+            config=ModelConfig(**self.network_metadata["model"]),
+            size=self.network_metadata["size"],
+            head_layer=self.network_metadata["head_layer"] if named == "classifier" else 0,
             classes=self.classes if named == "classifier" else (),
             preprocessing=preprocessing(self.policy),
             metrics=self.metrics,
@@ -78,7 +78,7 @@ def open_run(run: Path, device: str, precision: Precision | None) -> Origin:
     return Origin(
         path=run,
         stage=stage,
-        facts=facts,
+        network_metadata=facts,
         network=network.eval(),
         policy=setting.evaluation_policy,
         runtime=setting.runtime,

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastsimclr.deploy.files import whole
+from fastsimclr.deploy.files import atomic_outputs
 from fastsimclr.deploy.sinks import Csv
 from fastsimclr.deploy.stream import Pass, StreamConfig
 
@@ -23,7 +23,7 @@ class PredictConfig(StreamConfig):
 
 def predict(config: PredictConfig) -> dict[str, object]:
     """Write the file, and return counts and accuracy. Stopped after a signal: it then holds the images done by then."""
-    with whole(Path(config.out), overwrite=config.overwrite, read=Path(config.images)) as (part,):
+    with atomic_outputs(Path(config.out), overwrite=config.overwrite, read=Path(config.images)) as (part,):
         run = Pass(config)
         classifier, classes = run.origin.classifier(), run.origin.classes
         if not 1 <= config.top <= len(classes):

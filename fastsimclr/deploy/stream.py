@@ -78,7 +78,7 @@ class Pass:
     def outputs(self, network: Callable[[Tensor], Tensor]) -> Iterator[tuple[list[int], Tensor]]:
         """(ids, float32 [N, C] on the CPU) batch by batch, in the order of the paths, until the end or a signal."""
         runtime, crops = self.origin.runtime, Crops(policy=self.origin.policy, seed=0, views=1)
-        runtime.place(self.origin.network).eval()
+        runtime.to_device(self.origin.network).eval()
         bar = tqdm(total=len(self.source), desc=self.source.name, unit="image", disable=None, leave=False)
         with self._stop, self._loader, bar:
             for batch in self._loader:

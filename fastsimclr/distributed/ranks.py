@@ -36,7 +36,7 @@ class Ranks:
     control: ProcessGroup | None = None
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this is rank 0, the one that writes files and talks."""
         return self.rank == 0
 
@@ -53,7 +53,7 @@ class Ranks:
         if self.world == 1:
             return make()
         value, failure = None, None
-        if self.first:
+        if self.is_first:
             try:
                 value = make()
             except Exception as error:
@@ -129,13 +129,13 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def same(self, what: str, value: object) -> None:
-        """ValueError, on every rank, where the ranks have different values of `what`."""
+    def same(self, name: str, value: object) -> None:
+        """ValueError, on every rank, where the ranks have different values of `name`."""
         values = self.gather(value)
         for other, found in enumerate(values):
             if found != values[0]:
                 raise ValueError(
-                    f"rank {other} has {what} {found!r}, rank 0 has {values[0]!r}; every rank must see the same:"
+                    f"rank {other} has {name} {found!r}, rank 0 has {values[0]!r}; every rank must see the same:"
                     " give all machines the same files and options"
                 )
 

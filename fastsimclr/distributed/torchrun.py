@@ -92,7 +92,7 @@ class Launch:
         if dist.is_initialized():
             dist.destroy_process_group()
         if _watch is not None:  # last, for the rest may hang where another rank has failed
-            if _watch.failed and self.ranks.first and not _agent_keeps_the_store():
+            if _watch.failed and self.ranks.is_first and not _agent_keeps_the_store():
                 time.sleep(2 * BEAT_S)  # the others look into this process's store for the reason
             _watch.stop()
             _watch = None

@@ -56,8 +56,8 @@ class Objective(nn.Module, ABC):
     def forward(self, images: Tensor, labels: Tensor) -> Outcome:
         """images: float [V·N, 3, S, S], view-major. labels: int64 [N], -1 where there is none."""
 
-    def in_parts(self, labels: Tensor | None, parts: int) -> None:
-        """`forward` will see this rank's batch, with these labels, in equal `parts`, one a call; None: no longer.
+    def in_micro_batches(self, labels: Tensor | None, micro_batches: int) -> None:
+        """`forward` will see this rank's batch, with these labels, in `micro_batches` equal calls; None: no longer.
 
         For losses that divide by what they find in the batch, as by the number of its labels.
         """

@@ -70,11 +70,11 @@ class Distillation(Objective):
         agree = (student_NK.detach().argmax(dim=1) == teacher_NK.argmax(dim=1)).float().mean()
         return Outcome(loss=loss, metrics={"teacher_agreement": agree})
 
-    def in_parts(self, labels: Tensor | None, parts: int) -> None:
-        """A part's sum over its labelled images is divided by what the whole batch has of them, over the parts."""
+    def in_micro_batches(self, labels: Tensor | None, micro_batches: int) -> None:
+        """A micro-batch's sum over its labelled images is divided by those of the whole batch, over `micro_batches`."""
         self._divisor = None
         if labels is not None and self.label_weight > 0:
-            self._divisor = self._labelled_per_rank((labels >= 0).float()) / parts
+            self._divisor = self._labelled_per_rank((labels >= 0).float()) / micro_batches
 
     def _labelled_per_rank(self, labelled: Tensor) -> Tensor:
         """How many labelled images a rank has on average: each counts the same, whichever rank it is on."""
@@ -91,8 +91,8 @@ class Distillation(Objective):
 class RecordedDistillation(Distillation):
     """Distillation by logits that the teacher gave once for each image, whatever crop the student sees.
 
-    logits: float [A, K]. labels: int64 [A], -1 for none. `forward` and `in_parts` get row numbers of both, int64 [N],
-    where others get labels. Neither is part of the state: a checkpoint holds the student alone.
+    logits: float [A, K]. labels: int64 [A], -1 for none. `forward` and `in_micro_batches` get row numbers of both,
+    int64 [N], where others get labels. Neither is part of the state: a checkpoint holds the student alone.
     """
 
     def __init__(
@@ -106,9 +106,9 @@ class RecordedDistillation(Distillation):
         """labels: the rows of these images, int64 [N]."""
         return self._compared(images, self.get_buffer("logits_AK")[labels], self.get_buffer("labels_A")[labels])
 
-    def in_parts(self, labels: Tensor | None, parts: int) -> None:
+    def in_micro_batches(self, labels: Tensor | None, micro_batches: int) -> None:
         """labels: the rows of the rank's batch, int64 [N]."""
-        super().in_parts(None if labels is None else self.get_buffer("labels_A")[labels], parts)
+        super().in_micro_batches(None if labels is None else self.get_buffer("labels_A")[labels], micro_batches)
 
 
 class Ensemble(nn.Module):

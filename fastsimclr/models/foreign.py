@@ -25,8 +25,9 @@ class ForeignNet(nn.Module):
     """Views as the student sees them, [N, 3, S, S] -> logits [N, K] of a network that wants others.
 
     A pixel v of a view means v·std + mean of `seen`, within [0, 1]. It is normalised again with the network's own mean
-    and std, and where size is given the view is resized to it, bilinear and antialiased. seen, own: (mean, std); None
-    for pixels within [0, 1]. order, which may be set: int64 [K], which output is each class; None: they are in order.
+    and std, and where size is given the view is resized to it, bilinear and antialiased.
+    seen, network_stats: (mean, std); None for pixels within [0, 1]. order, which may be set: int64 [K], which output is
+    each class; None: they are in order.
     """
 
     def __init__(
@@ -34,14 +35,14 @@ class ForeignNet(nn.Module):
         network: nn.Module,
         *,
         seen: Stats | None,
-        own: Stats | None,
+        network_stats: Stats | None,
         size: int | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.size = size
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in seen or _AS_PIXELS)
-        own_mean, own_std = (torch.tensor(values).view(3, 1, 1) for values in own or _AS_PIXELS)
+        own_mean, own_std = (torch.tensor(values).view(3, 1, 1) for values in network_stats or _AS_PIXELS)
         self.register_buffer("gain", std / own_std)
         self.register_buffer("shift", (mean - own_mean) / own_std)
         self.register_buffer("order", None)
@@ -79,7 +80,7 @@ def load_foreign(teacher: str, classes: Sequence[str], data: str, *, seen: Stats
     network, own, fixed = make(teacher, name, None if file else "own", len(classes))
     if file:
         _load(network, Path(file), teacher, classes, data)
-    wrapped = ForeignNet(network, seen=seen, own=own, size=fixed).eval()
+    wrapped = ForeignNet(network, seen=seen, network_stats=own, size=fixed).eval()
     outputs = _outputs(wrapped, teacher, size)
     if outputs != len(classes):
         raise ValueError(_unfit(teacher, outputs, classes, data))

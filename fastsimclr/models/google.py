@@ -94,7 +94,7 @@ class GoogleNet:
         classes, features = self.classifier["weight"].shape
         classifier = Classifier(features, classes)
         load_weights(classifier, self.classifier, str(self.prefix))
-        return ClassifierNet(network.encoder, network.head.first(layer), classifier)
+        return ClassifierNet(network.encoder, network.head.truncated(layer), classifier)
 
 
 def read_google(source: str | Path, weights: Weights = "auto") -> GoogleNet:

@@ -78,7 +78,7 @@ class ProjectionHead(nn.Module):
             y = module(y)
         return y
 
-    def first(self, layer: int) -> ProjectionHead:
+    def truncated(self, layer: int) -> ProjectionHead:
         """A head of the first `layer` layers, which it shares with this one: where fine-tuning starts from."""
         self.width_at(layer)
         head = ProjectionHead(self.in_features, 0)

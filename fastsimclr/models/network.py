@@ -130,7 +130,7 @@ def build_classifier(
 ) -> ClassifierNet:
     """A fresh classifier on head layer `layer` (0: the encoder): supervised networks (init "normal") and students."""
     net = build_simclr(config, image_size)
-    head = net.head.first(layer)
+    head = net.head.truncated(layer)
     return ClassifierNet(net.encoder, head, Classifier(head.out_features, classes, init))
 
 
@@ -140,7 +140,7 @@ def classifier_from(pretrained: SimCLRNet, layer: int, classes: int) -> Classifi
     layer: SimCLRv2's ft_proj_selector: 0 = encoder output, 1 = after the ReLU of the head's first layer.
     Raises ValueError where the head has fewer layers.
     """
-    head = copy.deepcopy(pretrained.head.first(layer))
+    head = copy.deepcopy(pretrained.head.truncated(layer))
     classifier = Classifier(head.out_features, classes).to(next(pretrained.parameters()).device)
     return ClassifierNet(copy.deepcopy(pretrained.encoder), head, classifier)
 

@@ -22,23 +22,23 @@ from fastsimclr.kernels.gather import gather
 from fastsimclr.models.batch_groups import BatchGroups
 from fastsimclr.models.norm_functions import NormInGroups, NormOfOneGroupOnCuda
 
-_part: tuple[int, int] | None = (0, 1)  # which micro-batch of how many is normalised; None: one that leaves no trace
+_micro_batch: tuple[int, int] | None = (0, 1)  # which of how many is normalised; None: one that leaves no trace
 
 
 @contextlib.contextmanager
-def statistics_of(part: int | None, parts: int = 1) -> Iterator[None]:
-    """What is normalised within is micro-batch `part` of the `parts` that make up one step; None: it leaves no trace.
+def statistics_of(micro_batch: int | None, micro_batches: int = 1) -> Iterator[None]:
+    """Within it, BatchNorm normalises micro-batch `micro_batch` of `micro_batches` of one step; None: without a trace.
 
-    After all of them in turn the running statistics are what the mean of the parts' statistics would have made of them:
-    with momentum m, part j of k = 0 .. k - 1 enters with (m / k) / (1 - (k - 1 - j) m / k). No trace is for a forward
-    pass of which there is another: gradient caching and activation checkpointing.
+    After all of them in turn the running statistics are what the mean of the micro-batches' statistics would have made
+    of them: with momentum m, micro-batch j of k = 0 .. k - 1 enters with (m / k) / (1 - (k - 1 - j) m / k). No trace is
+    for a forward pass of which there is another: gradient caching and activation checkpointing.
     """
-    global _part
-    before, _part = _part, None if part is None else (part, parts)
+    global _micro_batch
+    before, _micro_batch = _micro_batch, None if micro_batch is None else (micro_batch, micro_batches)
     try:
         yield
     finally:
-        _part = before
+        _micro_batch = before
 
 
 def set_groups(network: nn.Module, groups: BatchGroups | None) -> None:
@@ -152,7 +152,7 @@ class BatchNorm(_BatchNorm):
             self.bias,
             residual=residual,
             relu=relu,
-            running=None if _part is None else (self.running_mean, self.running_var),
+            running=None if _micro_batch is None else (self.running_mean, self.running_var),
             factor=factor,
             eps=self.eps,
             group=None if self.groups is None else self.groups.exchange,
@@ -161,10 +161,10 @@ class BatchNorm(_BatchNorm):
 
     def _counted(self) -> float:
         """Count this batch; how far the running statistics move towards its own."""
-        if _part is None:
+        if _micro_batch is None:
             return 0.0
         assert self.num_batches_tracked is not None
-        part, parts = _part
-        self.num_batches_tracked.add_(int(part == 0))
-        share = (1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum) / parts
-        return share / (1 - (parts - 1 - part) * share)
+        index, count = _micro_batch
+        self.num_batches_tracked.add_(int(index == 0))
+        share = (1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum) / count
+        return share / (1 - (count - 1 - index) * share)

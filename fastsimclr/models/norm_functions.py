@@ -174,12 +174,12 @@ def _pooled(parts_K2C: Tensor, share_K: Tensor) -> Tensor:
     return torch.stack((mean_C, (share_K1 * (var_KC + (mean_KC - mean_C).square())).sum(0)))
 
 
-def _exchanged(parts: list[Tensor], plan: GroupLayout, groups: BatchGroups) -> Tensor:
+def _exchanged(part_statistics: list[Tensor], plan: GroupLayout, groups: BatchGroups) -> Tensor:
     """[K, 2, C]: what all ranks of the exchange have of the parts that they share. One collective."""
     assert groups.exchange is not None
-    sent = parts[0].new_zeros(plan.sent, *parts[0].shape)
+    sent = part_statistics[0].new_zeros(plan.sent, *part_statistics[0].shape)
     for part, place in plan.shared:
-        sent[place] = parts[part]
+        sent[place] = part_statistics[part]
     return gather(sent, groups.exchange).flatten(0, 1)
 
 

@@ -13,7 +13,7 @@ _SHOWN = 20  # of a long list, in text
 _BAR = 40  # characters
 
 
-def facts(source: BetonSource) -> dict[str, Any]:
+def inspection_report(source: BetonSource) -> dict[str, Any]:
     """Everything that `inspect` prints, in JSON values."""
     card, sides = source.sidecar, source.pixel_sizes.min(axis=1)
     counts, _ = np.histogram(sides, _EDGES)
@@ -40,22 +40,22 @@ def facts(source: BetonSource) -> dict[str, Any]:
     }
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-    """`facts`, and what else `inspect` found, to be read by people."""
-    card = found["sidecar"]
+def lines(report: dict[str, Any]) -> list[str]:
+    """`inspection_report`, and what else `inspect` found, to be read by people."""
+    card = report["sidecar"]
     text = [
-        f"{found['file']}: {found['images']:,} images, {found['bytes']:,} bytes",
-        f"stored: {found['jpeg']:,} JPEG, {found['raw']:,} raw; {found['bytes_per_image']['mean']:,} bytes an image,"
-        f" at most {found['bytes_per_image']['largest']:,}",
+        f"{report['file']}: {report['images']:,} images, {report['bytes']:,} bytes",
+        f"stored: {report['jpeg']:,} JPEG, {report['raw']:,} raw; {report['bytes_per_image']['mean']:,} bytes an image,"
+        f" at most {report['bytes_per_image']['largest']:,}",
     ]
     for name in ("height", "width"):
-        text.append(f"{name}: {found[name]['least']} to {found[name]['most']} px, median {found[name]['median']}")
-    most = max(count for _, _, count in found["shorter_side"])
-    for low, high, count in found["shorter_side"]:
+        text.append(f"{name}: {report[name]['least']} to {report[name]['most']} px, median {report[name]['median']}")
+    most = max(count for _, _, count in report["shorter_side"])
+    for low, high, count in report["shorter_side"]:
         text.append(f"  shorter side {low:>5}-{high:<5} {count:>9,} {'#' * -(-_BAR * count // most)}")
-    text.append(f"classes: {len(found['classes'])}; {found['unlabelled']:,} images without a label")
-    text += [f"  {name}: {count:,}" for name, count in list(found["classes"].items())[:_SHOWN]]
-    text += _more(len(found["classes"]))
+    text.append(f"classes: {len(report['classes'])}; {report['unlabelled']:,} images without a label")
+    text += [f"  {name}: {count:,}" for name, count in list(report["classes"].items())[:_SHOWN]]
+    text += _more(len(report["classes"]))
     if card is None:
         text.append("no sidecar: no names, checksums or settings; written by FFCV, or the .json beside it is missing")
     else:
@@ -63,11 +63,11 @@ def lines(found: dict[str, Any]) -> list[str]:
         text.append("settings: " + ", ".join(f"{key}={value}" for key, value in card["settings"].items()))
         text.append("images as they were stored: " + ", ".join(f"{k} {v:,}" for k, v in card["stored"].items()))
     for key, title in (("left_out", "left out"), ("damaged", "damaged")):
-        if key in found:
-            text.append(f"{title}: {len(found[key]):,}")
-            text += [f"  {reason}" for _, reason in found[key][:_SHOWN]] + _more(len(found[key]))
-    if "sheet" in found:
-        text.append(f"contact sheet: {found['sheet']}")
+        if key in report:
+            text.append(f"{title}: {len(report[key]):,}")
+            text += [f"  {reason}" for _, reason in report[key][:_SHOWN]] + _more(len(report[key]))
+    if "sheet" in report:
+        text.append(f"contact sheet: {report['sheet']}")
     return text
 
 

@@ -11,20 +11,20 @@ from fastsimclr.runs.text import aligned
 LIMIT = 0.25  # relative error of a held-out step
 
 
-def check(measured: Sequence[Measured]) -> tuple[str, bool]:
+def check(measurements: Sequence[Measured]) -> tuple[str, bool]:
     """(tables, whether every measurement held out of the fit is predicted within LIMIT). Without any: the second alone.
 
     ValueError where measurements have none to fit or none held out.
     """
-    if not measured:
+    if not measurements:
         return "\n".join(_published()), True
-    lines, worst = _own(measured)
+    lines, worst = _own(measurements)
     return "\n".join([*lines, "", *_published()]), worst <= LIMIT
 
 
-def fitted(measured: Sequence[Measured]) -> Rates:
+def fitted(measurements: Sequence[Measured]) -> Rates:
     """Rates from those that are not held out. ValueError where that leaves nothing to fit, or nothing to check."""
-    seen, held = [one for one in measured if not one.held_out], [one for one in measured if one.held_out]
+    seen, held = [one for one in measurements if not one.held_out], [one for one in measurements if one.held_out]
     if not seen or not held:
         raise ValueError(
             f"{len(seen)} rows to fit and {len(held)} held out; give a report of bench grid, which has both"
@@ -32,11 +32,11 @@ def fitted(measured: Sequence[Measured]) -> Rates:
     return rates_of(seen, None)
 
 
-def _own(measured: Sequence[Measured]) -> tuple[list[str], float]:
-    rates = fitted(measured)
+def _own(measurements: Sequence[Measured]) -> tuple[list[str], float]:
+    rates = fitted(measurements)
     rows = [("configuration", "role", "measured ms", "predicted ms", "error")]
     errors = []
-    for one in sorted(measured, key=lambda one: one.held_out):
+    for one in sorted(measurements, key=lambda one: one.held_out):
         guess = rates.seconds(one.work())
         error = guess / one.seconds - 1
         if one.held_out:
@@ -44,7 +44,9 @@ def _own(measured: Sequence[Measured]) -> tuple[list[str], float]:
         role = "held out" if one.held_out else "fitted"
         rows.append((one.name, role, f"{1e3 * one.seconds:,.1f}", f"{1e3 * guess:,.1f}", f"{error:+.1%}"))
     worst = max(errors)
-    what = "a GPU's steps" if measured[0].kind == "cuda" else "a CPU's steps: they check the form of the model, no GPU"
+    what = (
+        "a GPU's steps" if measurements[0].kind == "cuda" else "a CPU's steps: they check the form of the model, no GPU"
+    )
     return [
         f"{rates.origin}: {what}",
         f"  t = {rates.s_per_flop * 1e9:.4g} ns a FLOP + {rates.s_per_byte * 1e9:.4g} ns a byte"

@@ -110,7 +110,7 @@ def at_once(step: StepPlan, trainer: TrainerConfig, cluster: Cluster) -> tuple[i
         )
     share = step.batch // cluster.gpus
     # A loss of one view an image compares no images.
-    micro = trainer.at_once(share, joint=step.views > 1, whole=f"batch={step.batch}")
+    micro = trainer.at_once(share, joint=step.views > 1, batch_name=f"batch={step.batch}")
     return micro, share // micro
 
 

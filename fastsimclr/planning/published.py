@@ -249,11 +249,11 @@ def _work(point: Point) -> Work:
     return counted.forward + counted.backward
 
 
-def _scaled(found: Law, gpu: Gpu) -> Rates:
+def _scaled(fitted_law: Law, gpu: Gpu) -> Rates:
     return Rates(
-        s_per_flop=found.a / (1e12 * gpu.peak_tflops),
-        s_per_byte=found.b / (1e12 * gpu.memory_tb_s),
-        s_per_op=found.c,
+        s_per_flop=fitted_law.a / (1e12 * gpu.peak_tflops),
+        s_per_byte=fitted_law.b / (1e12 * gpu.memory_tb_s),
+        s_per_op=fitted_law.c,
         origin="fitted on NVIDIA's MLPerf points",
     )
 

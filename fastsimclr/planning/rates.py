@@ -165,20 +165,20 @@ def _measured(row: dict[str, Any], config: dict[str, Any], device: str, kind: st
     )
 
 
-def rates_of(measured: Sequence[Measured], prior: Rates | None) -> Rates:
+def rates_of(measurements: Sequence[Measured], prior: Rates | None) -> Rates:
     """Rates from measurements of one device and precision: all three terms, or the prior's times one factor.
 
     Three terms need four configurations. Fewer scale the prior by the geometric mean of measured over predicted.
     ValueError without a prior in that case, or for several devices.
     """
-    devices = {(one.device, one.precision) for one in measured}
+    devices = {(one.device, one.precision) for one in measurements}
     if len(devices) != 1:
         raise ValueError(f"reports of {len(devices)} devices and precisions ({sorted(devices)}); give those of one")
     ((device, precision),) = devices
-    configurations = {(one.model, one.size, one.batch) for one in measured}
-    works, seconds = [one.work() for one in measured], [one.seconds for one in measured]
+    configurations = {(one.model, one.size, one.batch) for one in measurements}
+    works, seconds = [one.work() for one in measurements], [one.seconds for one in measurements]
     if len(configurations) > TERMS:
-        return fit(works, seconds, f"fitted on {len(measured)} configurations measured on {device}, {precision}")
+        return fit(works, seconds, f"fitted on {len(measurements)} configurations measured on {device}, {precision}")
     if prior is None:
         raise ValueError(
             f"{len(configurations)} configurations measured are too few for a fit;"
@@ -188,5 +188,5 @@ def rates_of(measured: Sequence[Measured], prior: Rates | None) -> Rates:
     factor = float(np.exp(np.mean(np.log(ratios))))
     return replace(
         prior.times(factor, ""),
-        origin=f"{prior.origin}, times {factor:.3f} by {len(measured)} steps measured on {device}, {precision}",
+        origin=f"{prior.origin}, times {factor:.3f} by {len(measurements)} steps measured on {device}, {precision}",
     )

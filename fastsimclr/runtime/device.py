@@ -38,7 +38,7 @@ class Runtime:
         """The dtype in which views reach the network."""
         return _DTYPES[self.precision]
 
-    def place(self, module: nn.Module) -> nn.Module:
+    def to_device(self, module: nn.Module) -> nn.Module:
         """Move to the device, channels-last where asked for, and to float64 under fp64."""
         module = module.to(self.device, torch.float64 if self.precision == "fp64" else None)
         return module.to(memory_format=torch.channels_last) if self.channels_last else module

@@ -40,7 +40,7 @@ def run_chain(recipe: Recipe, out: Path) -> Results:
         results[stage] = result
         logger.info("%s: %s", stage, _brief(result))
     results = {step.folder: results[step.folder] for step in steps}
-    if setting.ranks.first:
+    if setting.ranks.is_first:
         write_text(out / "result.json", json.dumps(results, indent=2) + "\n")
     return results
 

@@ -9,9 +9,9 @@ import torch
 
 from fastsimclr.methods import CrossEntropy
 from fastsimclr.models import ModelConfig, build_classifier, classifier_from
-from fastsimclr.stages.measured import measured
+from fastsimclr.stages.measured import report_entries
 from fastsimclr.stages.networks import digest, load_simclr, network_facts
-from fastsimclr.stages.published import beside
+from fastsimclr.stages.published import published_entry
 from fastsimclr.stages.setting import Setting
 from fastsimclr.stages.training import classifier_score, train, validations, write_result
 
@@ -30,7 +30,8 @@ def finetune(setting: Setting, source: Path, run: Path, resume: bool) -> dict[st
         source=labelled,
         config=config,
         policy=setting.crop_flip_policy(config.scale),
-        facts=facts | {"classes": list(labelled.classes), "head_layer": config.head_layer, "start": digest(pretrained)},
+        metadata=facts
+        | {"classes": list(labelled.classes), "head_layer": config.head_layer, "start": digest(pretrained)},
         resume=resume,
         hooks=validations(setting, network, labelled, config.validate_every_epochs),
     )
@@ -42,8 +43,8 @@ def finetune(setting: Setting, source: Path, run: Path, resume: bool) -> dict[st
         metrics=found.metrics,
         network=network,
         labels=len(labelled),
-        **measured(setting, found),
-        **beside(setting, "finetune", ModelConfig(**facts["model"]), config.labels),
+        **report_entries(setting, found),
+        **published_entry(setting, "finetune", ModelConfig(**facts["model"]), config.labels),
     )
 
 
@@ -62,7 +63,7 @@ def supervised(setting: Setting, run: Path, resume: bool) -> dict[str, Any]:
         source=labelled,
         config=config,
         policy=setting.crop_flip_policy(config.scale),
-        facts=network_facts(recipe.model, recipe.views.size, labelled.classes),
+        metadata=network_facts(recipe.model, recipe.views.size, labelled.classes),
         resume=resume,
         hooks=validations(setting, network, labelled, config.validate_every_epochs),
     )
@@ -74,5 +75,5 @@ def supervised(setting: Setting, run: Path, resume: bool) -> dict[str, Any]:
         metrics=found.metrics,
         network=network,
         labels=len(labelled),
-        **measured(setting, found),
+        **report_entries(setting, found),
     )

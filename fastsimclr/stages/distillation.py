@@ -15,9 +15,9 @@ from fastsimclr.methods import Distillation
 from fastsimclr.methods.distillation import Ensemble, RecordedDistillation
 from fastsimclr.models import ClassifierNet, ModelConfig, build_classifier, count_parameters
 from fastsimclr.runs.log import logger
-from fastsimclr.stages.measured import measured
+from fastsimclr.stages.measured import report_entries
 from fastsimclr.stages.networks import network_facts
-from fastsimclr.stages.published import beside
+from fastsimclr.stages.published import published_entry
 from fastsimclr.stages.setting import Setting
 from fastsimclr.stages.teachers import (
     Teacher,
@@ -63,7 +63,7 @@ def distill(setting: Setting, teachers: Path | Sequence[str], run: Path, resume:
         source=source,
         config=config,
         policy=setting.crop_flip_policy(config.scale),
-        facts=facts,
+        metadata=facts,
         resume=resume,
     )
     found = classifier_score(setting, student)
@@ -75,12 +75,12 @@ def distill(setting: Setting, teachers: Path | Sequence[str], run: Path, resume:
         metrics=found.metrics | {"teacher_top1": _top1(setting, whole)},
         network=student,
         labels=labels,
-        **measured(setting, found),
+        **report_entries(setting, found),
         temperature=temperature,
         teacher_parameters=count_parameters(whole),
         **({} if recording is None else {"recording_seconds": round(recording, 2)}),
         **({} if len(taught) == 1 else {"teachers": [_said_of(setting, one) for one in taught]}),
-        **(beside(setting, "distill", model, recipe.finetune.labels) if known else {}),
+        **(published_entry(setting, "distill", model, recipe.finetune.labels) if known else {}),
     )
 
 
@@ -120,12 +120,12 @@ def _recorded(
     teacher: nn.Module,
     source: Source,
     run: Path,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     temperature: float,
 ) -> tuple[Distillation, Source, float]:
     """The objective by recorded logits, its source of row numbers, and the seconds that the recording took."""
     rows = numbered(source)
-    made_by = {key: facts[key] for key in ("classes", "size", "teacher")}
+    made_by = {key: metadata[key] for key in ("classes", "size", "teacher")}
     if isinstance(teacher, Ensemble):
         made_by["temperature"] = temperature  # of which its logits are made
     logits, seconds = recorded_logits(setting, teacher, rows, run, made_by)
@@ -140,7 +140,7 @@ def _recorded(
 
 
 def _top1(setting: Setting, network: nn.Module) -> float:
-    setting.runtime.place(network)
+    setting.runtime.to_device(network)
     return classifier_score(setting, network).top1
 
 

@@ -19,9 +19,9 @@ from fastsimclr.methods import CrossEntropy, LinearSweep
 from fastsimclr.models import Classifier, ClassifierNet, ModelConfig, ProjectionHead, build_encoder
 from fastsimclr.optim import HeadSetting
 from fastsimclr.runs import checkpoint
-from fastsimclr.stages.measured import measure, measured
+from fastsimclr.stages.measured import measure, report_entries
 from fastsimclr.stages.networks import digest, load_encoder
-from fastsimclr.stages.published import beside
+from fastsimclr.stages.published import published_entry
 from fastsimclr.stages.setting import Setting
 from fastsimclr.stages.training import classifier_score, train, write_evaluation, write_result
 
@@ -38,7 +38,7 @@ def evaluate_linear(setting: Setting, source: Path, run: Path, resume: bool) -> 
     labelled = setting.labelled(config.labels)
     classes, l2 = len(labelled.classes), config.l2
     trained, made = ranks.on_first(lambda: load_encoder(source))
-    encoder = setting.runtime.place(trained).eval()
+    encoder = setting.runtime.to_device(trained).eval()
 
     def features(of: Source) -> Any:
         return extract(encoder, setting.passes(of), setting.evaluation_policy, setting.runtime)
@@ -94,7 +94,7 @@ def _linear_sgd(setting: Setting, source: Path, run: Path, resume: bool) -> dict
         source=labelled,
         config=config,
         policy=setting.crop_flip_policy(),
-        facts=facts,
+        metadata=facts,
         resume=resume,
     )
     sweep: dict[str, Any] = {}
@@ -155,12 +155,14 @@ def _table(held: Source, settings: Sequence[dict[str, float]], tried: Sequence[S
     return {"sweep": {"held_out": len(held), "tried": rows, "chosen": dict(settings[chosen])}}, chosen
 
 
-def _comparable(setting: Setting, stage: str, made: dict[str, Any], found: ClassifierReport) -> dict[str, Any]:
+def _comparable(
+    setting: Setting, stage: str, network_metadata: dict[str, Any], report: ClassifierReport
+) -> dict[str, Any]:
     """What was measured beside the metrics and, for the encoder of a pretraining, what is published of such a one."""
-    facts = measured(setting, found)
-    if not made["classes"]:  # else the encoder learned from labels
+    facts = report_entries(setting, report)
+    if not network_metadata["classes"]:  # else the encoder learned from labels
         labels = setting.recipe.linear.labels if stage == "linear" else setting.recipe.knn.labels
-        facts |= beside(setting, stage, ModelConfig(**made["model"]), labels)
+        facts |= published_entry(setting, stage, ModelConfig(**network_metadata["model"]), labels)
     return facts
 
 
@@ -178,15 +180,15 @@ def evaluate_knn(setting: Setting, source: Path, run: Path, resume: bool) -> dic
         return knn(bank, test, classes, ks=config.ks, temperatures=config.temperatures, ranks=ranks), test
 
     trained, made = ranks.on_first(lambda: load_encoder(source))
-    encoder = runtime.place(trained).eval()
+    encoder = runtime.to_device(trained).eval()
     table, test = tried(encoder)
     (k, temperature), first = next(iter(table.items()))
     found = measure(setting, first, test)
     metrics = dict(found.metrics)
     if config.baselines:
         torch.manual_seed(recipe.seed)
-        untrained = runtime.place(build_encoder(ModelConfig(**made["model"]), made["size"]))
-        few = setting.first(labelled, _CALIBRATION_IMAGES)
+        untrained = runtime.to_device(build_encoder(ModelConfig(**made["model"]), made["size"]))
+        few = setting.spread_subset(labelled, _CALIBRATION_IMAGES)
         calibrate_bn(untrained, setting.passes(few, sharded=False), policy, runtime)
         metrics["untrained_top1"] = next(iter(tried(untrained)[0].values())).top1
         metrics["raw_pixels_top1"] = next(iter(tried(raw_pixels)[0].values())).top1

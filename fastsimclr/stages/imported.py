@@ -126,22 +126,22 @@ def _recipe(model: ModelConfig) -> Recipe:
     )
 
 
-def _counters(found: GoogleNet) -> int:
-    return sum(key.endswith("num_batches_tracked") for key in found.state)
+def _counters(google_net: GoogleNet) -> int:
+    return sum(key.endswith("num_batches_tracked") for key in google_net.state)
 
 
 def _write(
     run: Path,
     stage: str,
     recipe: Recipe,
-    found: GoogleNet,
+    google_net: GoogleNet,
     network: nn.Module,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     record: dict[str, Any],
 ) -> dict[str, Any]:
     """A run folder as the trainer leaves one, of a training that is over."""
     run.mkdir(parents=True, exist_ok=True)
-    text, step = dump_recipe(recipe), found.step or 0
+    text, step = dump_recipe(recipe), google_net.step or 0
     write_text(run / "recipe.yaml", text)
     checkpoint.save(
         run,
@@ -155,7 +155,7 @@ def _write(
             "scaler": {},
             "rng": {},
             "fingerprint": "imported",
-            "facts": facts,
+            "facts": metadata,
             "trained_s": 0.0,
             "last": {},
         },

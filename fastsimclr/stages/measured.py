@@ -20,9 +20,9 @@ from fastsimclr.stages.setting import Setting
 _MOST_CLASSES = 100  # of which result.json holds the confusion matrix
 
 
-def measure(setting: Setting, found: Score, of: Features, logits_NK: Tensor | None = None) -> ClassifierReport:
-    """The whole report on the validation images `of`, whose score is `found`. logits_NK: where they are logits."""
-    ranks, predicted_N, classes = setting.ranks, found.predicted_N, found.counts_3K.shape[1]
+def measure(setting: Setting, score: Score, of: Features, logits_NK: Tensor | None = None) -> ClassifierReport:
+    """The whole report on the validation images `of` and their `score`. logits_NK: where they are logits."""
+    ranks, predicted_N, classes = setting.ranks, score.predicted_N, score.counts_3K.shape[1]
     groups_2G = None
     if setting.subgroups is not None:
         names, index = setting.subgroups
@@ -30,7 +30,7 @@ def measure(setting: Setting, found: Score, of: Features, logits_NK: Tensor | No
         groups_N = index[of.ids].to(of.labels.device)
         groups_2G = by_group(predicted_N == of.labels, groups_N, len(names), ranks)
     return ClassifierReport(
-        counts_3K=found.counts_3K,
+        counts_3K=score.counts_3K,
         predicted_N=predicted_N,
         confusion_P3=confusion(predicted_N, of.labels, classes, ranks),
         calibration=None if logits_NK is None else calibration(logits_NK, predicted_N, of.labels, ranks),
@@ -38,24 +38,24 @@ def measure(setting: Setting, found: Score, of: Features, logits_NK: Tensor | No
     )
 
 
-def measured(setting: Setting, found: ClassifierReport) -> dict[str, Any]:
+def report_entries(setting: Setting, report: ClassifierReport) -> dict[str, Any]:
     """The entries of a result file beside the metrics: per_class, confusion, and where they apply calibration,
     subgroups. confusion holds [true class, predicted class, images] until `put_confusion`."""
-    facts: dict[str, Any] = {
-        "per_class": found.per_class(setting.splits.val.classes),
-        "confusion": found.confusion_P3.tolist(),
+    entries: dict[str, Any] = {
+        "per_class": report.per_class(setting.splits.val.classes),
+        "confusion": report.confusion_P3.tolist(),
     }
-    if found.calibration is not None:
-        facts["calibration"] = found.calibration.bins
-    if found.groups_2G is not None and setting.subgroups is not None:
+    if report.calibration is not None:
+        entries["calibration"] = report.calibration.bins
+    if report.groups_2G is not None and setting.subgroups is not None:
         rows = [
             {"name": name, "images": images, "correct": correct, "top1": correct / images if images else None}
-            for name, images, correct in zip(setting.subgroups[0], *found.groups_2G.tolist(), strict=True)
+            for name, images, correct in zip(setting.subgroups[0], *report.groups_2G.tolist(), strict=True)
         ]
         known = [row for row in rows if row["images"] and row["name"] != NO_SUBGROUP]
         worst = min(known, key=lambda row: row["top1"], default=None)  # damaged images may leave none
-        facts["subgroups"] = {"column": setting.recipe.data.subgroup, "groups": rows, "worst": worst}
-    return facts
+        entries["subgroups"] = {"column": setting.recipe.data.subgroup, "groups": rows, "worst": worst}
+    return entries
 
 
 def put_confusion(result: dict[str, Any], run: Path | None) -> None:

@@ -48,7 +48,7 @@ def pretrain(setting: Setting, run: Path, resume: bool) -> dict[str, Any]:
         source=source,
         config=config,
         policy=recipe.views,
-        facts={
+        metadata={
             **network_facts(recipe.model, recipe.views.size),
             "pretrain.memory": config.memory or None,
             "pretrain.momentum": config.momentum if config.memory else None,
@@ -90,7 +90,7 @@ class Probe(Hook):
 def probe(setting: Setting, encoder: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
     """knn_top1 and linear_top1 of `encoder`'s features, on at most 20,000 labelled images."""
     recipe, runtime = setting.recipe, setting.runtime
-    labelled = setting.first(setting.labelled(recipe.linear.labels), _PROBE_IMAGES)
+    labelled = setting.spread_subset(setting.labelled(recipe.linear.labels), _PROBE_IMAGES)
     policy = setting.evaluation_policy
     bank = extract(encoder, setting.passes(labelled), policy, runtime)
     test = extract(encoder, setting.passes(setting.splits.val), policy, runtime)

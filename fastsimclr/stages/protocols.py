@@ -21,9 +21,9 @@ from fastsimclr.runs.log import logger
 from fastsimclr.runs.text import write_text
 from fastsimclr.stages.classifiers import finetune
 from fastsimclr.stages.evaluation import evaluate_knn, evaluate_linear
-from fastsimclr.stages.measured import as_json, measured
+from fastsimclr.stages.measured import as_json, report_entries
 from fastsimclr.stages.networks import classifier_and_facts, digest, load_trained
-from fastsimclr.stages.published import beside
+from fastsimclr.stages.published import published_entry
 from fastsimclr.stages.setting import Setting
 from fastsimclr.stages.training import classifier_score, write_evaluation
 
@@ -70,7 +70,7 @@ def evaluate(recipe: Recipe, source: Path, out: Path, resume: bool) -> dict[str,
         evaluation["protocols"] = list(rows.values())
         if a_classifier:
             evaluation["report"] = result
-        if ranks.first:
+        if ranks.is_first:
             write_text(out / "evaluation.json", as_json(evaluation))
     return evaluation
 
@@ -169,16 +169,16 @@ def _report_of(recipe: Recipe, stage: str) -> Protocol:
                 f" data {here.name} has {len(here.classes)} ({', '.join(here.classes[:3])}, …);"
                 " give images of the same classes"
             )
-        setting.runtime.place(network)
+        setting.runtime.to_device(network)
         found = classifier_score(setting, network)
         own = setting.ranks.on_first(lambda: _result_of(source))
         learned = own.get("labels")
-        facts = {"of": stage, **({} if learned is None else {"labels": learned}), **measured(setting, found)}
+        facts = {"of": stage, **({} if learned is None else {"labels": learned}), **report_entries(setting, found)}
         # An import has measured nothing. What was measured, and not found comparable, is not so now.
         comparable = not own.get("metrics") or bool(own.get("published"))
         if comparable and stage in ("linear", "finetune", "distill"):
             model = ModelConfig(**made["model"])
-            facts |= beside(setting, stage, model, labels.get(stage, recipe.finetune.labels))
+            facts |= published_entry(setting, stage, model, labels.get(stage, recipe.finetune.labels))
         return write_evaluation(setting, run, "report", found.metrics, facts, network, time.perf_counter() - start)
 
     return Protocol(name=f"{stage}, as it is", folder="report", stage=measure, recipe=_with(recipe))

@@ -151,7 +151,7 @@ def fitting(dataset: Dataset, stage: str, model: ModelConfig, *, labels: float, 
     return tuple(sorted(found, key=lambda entry: abs(math.log(entry.epochs / epochs))))
 
 
-def beside(setting: Setting, stage: str, model: ModelConfig, labels: Labels) -> dict[str, Any]:
+def published_entry(setting: Setting, stage: str, model: ModelConfig, labels: Labels) -> dict[str, Any]:
     """What a result file says of it: {"published": [...]}, or nothing where no published accuracy is comparable.
 
     model: the evaluated network. labels: which labelled images it learned from.

@@ -30,7 +30,7 @@ from fastsimclr.loaders import (
     Subset,
     TrainLoader,
     choose_order,
-    choose_place,
+    choose_placement,
     label_subset,
     open_data,
     thread_count,
@@ -92,8 +92,8 @@ class Setting:
             return splits
         return replace(
             splits,
-            unlabelled=self.first(splits.unlabelled, _SMOKE_IMAGES),
-            val=self.first(splits.val, _SMOKE_IMAGES),
+            unlabelled=self.spread_subset(splits.unlabelled, _SMOKE_IMAGES),
+            val=self.spread_subset(splits.val, _SMOKE_IMAGES),
             subgroups=tuple(splits.subgroups[i] for i in _spread(len(splits.subgroups), _SMOKE_IMAGES)),
         )
 
@@ -108,7 +108,7 @@ class Setting:
         index = {name: i for i, name in enumerate(names)}
         return names, torch.tensor([index[name] for name in of_each])
 
-    def first(self, source: Source, images: int) -> Source:
+    def spread_subset(self, source: Source, images: int) -> Source:
         """`source`, or `images` of it spread evenly, where it has more."""
         return source if len(source) <= images else Subset(source, _spread(len(source), images))
 
@@ -122,7 +122,7 @@ class Setting:
                 " data.labels (a CSV of path,label) or data.val"
             )
         few = label_subset(splits.train, self.recipe.data) if labels == "subset" else splits.train
-        return self.first(few, _SMOKE_IMAGES) if self.recipe.smoke else few
+        return self.spread_subset(few, _SMOKE_IMAGES) if self.recipe.smoke else few
 
     def with_few_labels(self) -> Source:
         """Every image for training, of which only the few labels of the data settings are kept."""
@@ -232,11 +232,12 @@ class Setting:
     def _resident(self, source: Source) -> Resident | None:
         key = _key(source)
         if key not in self._held:
-            place = choose_place(source, self.data, self.runtime.device, self.ranks)
-            logger.info("%s: %d images, loaded by %s", source.name, len(source), place.why)
-            shown = None if self.ranks.first and place.parts else True  # None: where there is a terminal
+            placement = choose_placement(source, self.data, self.runtime.device, self.ranks)
+            logger.info("%s: %d images, loaded by %s", source.name, len(source), placement.why)
+            # None: where there is a terminal.
+            shown = None if self.ranks.is_first and placement.decoding_ranks else True
             with tqdm(desc=f"decoding {source.name}", unit="image", disable=shown, leave=False) as bar:
-                self._held[key] = place.fill(lambda done, n: _show(bar, done, n)), place.why
+                self._held[key] = placement.fill(lambda done, n: _show(bar, done, n)), placement.why
         return self._held[key][0]
 
     def _damage(self, source: Source) -> Damage:

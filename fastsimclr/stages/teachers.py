@@ -78,7 +78,7 @@ def _of_run(setting: Setting, name: str) -> tuple[Teacher, tuple[str, ...]]:
     theirs = parse_recipe(recipe_path(Path(name)).read_text()).views.rendering
     seen, own = _stats(ours), _stats(theirs)
     if seen != own or ours["size"] != theirs["size"]:
-        network = ForeignNet(network, seen=seen, own=own, size=theirs["size"]).eval()
+        network = ForeignNet(network, seen=seen, network_stats=own, size=theirs["size"]).eval()
     told = [f"{view['size']} px, {view['semantics']}, (mean, std) {_stats(view)}" for view in (theirs, ours)]
     if told[0] != told[1]:
         logger.warning(
@@ -95,8 +95,8 @@ def _stats(rendering: Rendering) -> Stats | None:
     return None if mean is None or std is None else (mean, std)
 
 
-def _some(classes: Sequence[str], what: str = " classes") -> str:
-    return f"{len(classes)}{what} ({', '.join(classes[:3])}, …)"
+def _some(classes: Sequence[str], noun: str = " classes") -> str:
+    return f"{len(classes)}{noun} ({', '.join(classes[:3])}, …)"
 
 
 def _foreign(setting: Setting, name: str) -> Teacher:
@@ -114,24 +114,24 @@ def numbered(source: Source) -> Relabelled:
 
 
 def recorded_logits(
-    setting: Setting, teacher: nn.Module, source: Relabelled, run: Path, facts: dict[str, Any]
+    setting: Setting, teacher: nn.Module, source: Relabelled, run: Path, metadata: dict[str, Any]
 ) -> tuple[Tensor, float]:
     """What `teacher` says of each image of the `numbered` source, float32 [A, K] on the CPU, and the seconds it took.
 
     Every rank computes its part; an image that cannot be decoded has a row of NaN, which nobody asks for. The result is
-    kept in run/teacher-logits.pt with `facts` and the view; a later call takes it from there, in 0 seconds. FileExists-
-    Error where that file is of other facts or cannot be read. Every rank calls it.
+    kept in run/teacher-logits.pt with `metadata` and the view; a later call takes it from there, in 0 seconds.
+    FileExistsError where that file has other metadata or cannot be read. Every rank calls it.
     """
     path = run / RECORD
     policy = setting.evaluation_policy
     view = {**policy.rendering, "centre_fraction": policy.centre_fraction}
-    facts = {**facts, "images": len(source), "fingerprint": source.fingerprint, "view": view}
-    kept = setting.ranks.on_first(lambda: _read(path, facts))
+    metadata = {**metadata, "images": len(source), "fingerprint": source.fingerprint, "view": view}
+    kept = setting.ranks.on_first(lambda: _read(path, metadata))
     if kept is not None:
         logger.info("the teacher's logits are those in %s", path)
         return kept, 0.0
     begun = time.perf_counter()
-    setting.runtime.place(teacher)
+    setting.runtime.to_device(teacher)
     found = extract(teacher.eval(), setting.passes(source), policy, setting.runtime)
     rows, values = setting.ranks.gather_rows(found.labels), setting.ranks.gather_rows(found.values)
     logits_AK = torch.full((len(source), values.shape[1]), torch.nan)
@@ -141,13 +141,13 @@ def recorded_logits(
     def write() -> None:
         run.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
-            torch.save({"facts": facts, "logits": logits_AK}, file)
+            torch.save({"facts": metadata, "logits": logits_AK}, file)
 
     setting.ranks.on_first(write)
     return logits_AK, seconds
 
 
-def _read(path: Path, facts: dict[str, Any]) -> Tensor | None:
+def _read(path: Path, metadata: dict[str, Any]) -> Tensor | None:
     if not path.is_file():
         return None
     remedy = "give the settings and teachers it was made with, delete it, or give another --out"
@@ -157,10 +157,10 @@ def _read(path: Path, facts: dict[str, Any]) -> Tensor | None:
     except Exception as error:  # damaged bytes can raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FileExistsError(f"{path} cannot be read as a teacher's logits ({reason}); {remedy}") from error
-    for key, value in facts.items():
+    for key, value in metadata.items():
         if found.get(key) != value:
             raise FileExistsError(f"{path} was made with {key}={found.get(key)!r}, this run has {value!r}; {remedy}")
-    if logits.shape != (len(logits), len(facts["classes"])) or len(logits) != facts["images"]:
+    if logits.shape != (len(logits), len(metadata["classes"])) or len(logits) != metadata["images"]:
         raise FileExistsError(f"{path} holds {list(logits.shape)} logits; {remedy}")
     return torch.as_tensor(logits)
 

@@ -58,7 +58,7 @@ def train(
     source: Source,
     config: Training,
     policy: Policy,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     resume: bool,
     hooks: Callable[[int], Sequence[Hook]] = lambda batch: (),
     sizes: Sequence[tuple[float, int]] = (),
@@ -89,7 +89,7 @@ def train(
         raise DataError(
             f"{stage}.batch={batch} is larger than the {n} images of {source.name}; use at most --{stage}.batch {n}"
         )
-    setting.runtime.place(objective)
+    setting.runtime.to_device(objective)
     heads = objective.supervised_heads()
     optimizer = build_optimizer(optim, objective, global_batch=batch, heads=heads, settings=objective.head_settings())
     data = setting.ordered(source, begun)
@@ -106,7 +106,7 @@ def train(
         seed=setting.recipe.seed,
         fingerprint=source.fingerprint,
         recipe=dump_recipe(setting.recipe),
-        facts={**facts, "seed": setting.recipe.seed, "optimizer": optim.name, **order},
+        metadata={**metadata, "seed": setting.recipe.seed, "optimizer": optim.name, **order},
         resume=resume,
         hooks=hooks(batch),
         sizes=sizes,
@@ -175,7 +175,7 @@ def validations(
 
 
 def write_result(
-    setting: Setting, run: Path, trained: Trained, *, metrics: dict[str, float], network: nn.Module, **facts: Any
+    setting: Setting, run: Path, trained: Trained, *, metrics: dict[str, float], network: nn.Module, **entries: Any
 ) -> dict[str, Any]:
     """Write run/result.json of a training stage and return it."""
     training = {
@@ -187,7 +187,7 @@ def write_result(
         "training": training,
         "seconds": round(trained.trained_s, 2),
         "implementations": trained.implementations,
-        **facts,
+        **entries,
     }
     return _write(setting, run, trained.stage, result, network)
 
@@ -197,7 +197,7 @@ def write_evaluation(
     run: Path,
     stage: str,
     metrics: dict[str, float],
-    facts: dict[str, Any],
+    entries: dict[str, Any],
     network: nn.Module,
     seconds: float,
 ) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def write_evaluation(
     setting.ranks.on_first(claim)
     views = chosen("views", setting.runtime.device)
     implementations = {"loader": setting.loader_name(setting.splits.val), "views": views}
-    result = {"metrics": metrics, "seconds": round(seconds, 2), "implementations": implementations, **facts}
+    result = {"metrics": metrics, "seconds": round(seconds, 2), "implementations": implementations, **entries}
     return _write(setting, run, stage, result, network)
 
 
@@ -224,7 +224,7 @@ def _write(setting: Setting, run: Path, stage: str, result: dict[str, Any], netw
         "data": setting.data_facts(),
         "environment": setting.environment,
     }
-    put_confusion(result, run if setting.ranks.first else None)
-    if setting.ranks.first:
+    put_confusion(result, run if setting.ranks.is_first else None)
+    if setting.ranks.is_first:
         write_text(run / "result.json", as_json(result))
     return result

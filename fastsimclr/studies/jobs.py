@@ -93,10 +93,10 @@ def in_order(jobs: Sequence[StudyJob]) -> list[StudyJob]:
     return list(found.values())
 
 
-def run_jobs(jobs: Sequence[StudyJob], out: Path, places: Sequence[str | None]) -> Outcomes:
+def run_jobs(jobs: Sequence[StudyJob], out: Path, slots: Sequence[str | None]) -> Outcomes:
     """Run what has no result yet. A job that fails is noted, and the others go on, but not where none has succeeded.
 
-    places: empty: one after the other in this process; else as many at a time, each in a process of its own that sees
+    slots: empty: one after the other in this process; else as many at a time, each in a process of its own that sees
     one GPU, as CUDA_VISIBLE_DEVICES names it, or none. CUDA needs that: a loss that is no number ends its process.
     Raises Stopped when asked to stop, FileExistsError for a folder that holds a run of another recipe or start.
     """
@@ -106,8 +106,8 @@ def run_jobs(jobs: Sequence[StudyJob], out: Path, places: Sequence[str | None]) 
     waiting = [job for job in jobs if not _collect(job, out, outcomes)]
     if outcomes.results:
         logger.info("study: %d of %d trainings were done before", len(outcomes.results), len(jobs))
-    if places:
-        _side_by_side(waiting, out, outcomes, places)
+    if slots:
+        _side_by_side(waiting, out, outcomes, slots)
     else:
         _one_by_one(waiting, out, outcomes)
     return outcomes
@@ -159,10 +159,10 @@ def _one_by_one(jobs: Sequence[StudyJob], out: Path, outcomes: Outcomes) -> None
         if _left_out(job, outcomes):
             continue
         logger.info("study: %d of %d: %s", number, len(jobs), job.name)
-        start, first = time.perf_counter(), setting is None or setting.ranks.first
+        start, first = time.perf_counter(), setting is None or setting.ranks.is_first
         try:
             setting = stages.Setting(job.recipe) if setting is None else setting.with_recipe(job.recipe)
-            first = setting.ranks.first
+            first = setting.ranks.is_first
             if first:
                 _note(job, out, outcomes, 0.0)
             outcomes.results[job.name] = _run(job, setting, out)
@@ -183,7 +183,7 @@ def _run(job: StudyJob, setting: stages.Setting, out: Path) -> dict[str, Any]:
     return stages.STAGES[job.stage].run(setting, [] if start is None else [str(start)], out / job.name, resume=True)
 
 
-def places_of(recipe: Recipe, side_by_side: int) -> tuple[str | None, ...]:
+def slots_of(recipe: Recipe, side_by_side: int) -> tuple[str | None, ...]:
     """Where the trainings of a study run: see `run_jobs`. side_by_side: how many at a time; 0: one a GPU.
 
     ValueError for a GPU that is not there, where the recipe names one.
@@ -201,27 +201,27 @@ def places_of(recipe: Recipe, side_by_side: int) -> tuple[str | None, ...]:
     return tuple(devices[k % len(devices)] for k in range(side_by_side or len(devices)))
 
 
-def _side_by_side(jobs: Sequence[StudyJob], out: Path, outcomes: Outcomes, places: Sequence[str | None]) -> None:
+def _side_by_side(jobs: Sequence[StudyJob], out: Path, outcomes: Outcomes, slots: Sequence[str | None]) -> None:
     waiting = list(jobs)
     running: dict[int, tuple[StudyJob, subprocess.Popen[bytes], float]] = {}
     with StopFlag() as flag:
         try:
             while waiting or running:
-                for place, (job, process, start) in list(running.items()):
+                for slot, (job, process, start) in list(running.items()):
                     if process.poll() is not None:
-                        del running[place]
+                        del running[slot]
                         _note(job, out, outcomes, time.perf_counter() - start)
                         _finished(job, process, out, outcomes, alone=not running)
                 if flag.signum:
                     break
                 waiting = [job for job in waiting if not _left_out(job, outcomes)]
-                for place, device in enumerate(places):
+                for slot, device in enumerate(slots):
                     ready = (job for job in waiting if job.after is None or job.after.name in outcomes.results)
-                    if place not in running and (following := next(ready, None)) is not None:
+                    if slot not in running and (following := next(ready, None)) is not None:
                         waiting.remove(following)
                         _note(following, out, outcomes, 0.0)
-                        process = _started(following, out, device, len(places))
-                        running[place] = following, process, time.perf_counter()
+                        process = _started(following, out, device, len(slots))
+                        running[slot] = following, process, time.perf_counter()
                 time.sleep(_POLL_S)
         finally:
             for _, process, _ in running.values():
@@ -233,10 +233,10 @@ def _side_by_side(jobs: Sequence[StudyJob], out: Path, outcomes: Outcomes, place
         raise Stopped(flag.signum, f"study: stopped with {len(waiting) + len(running)} trainings to go, states saved")
 
 
-def _started(job: StudyJob, out: Path, device: str | None, places: int) -> subprocess.Popen[bytes]:
+def _started(job: StudyJob, out: Path, device: str | None, slots: int) -> subprocess.Popen[bytes]:
     file = job.file(out)
     file.parent.mkdir(parents=True, exist_ok=True)
-    threads = job.recipe.data.threads or max(1, thread_count(0) // places)
+    threads = job.recipe.data.threads or max(1, thread_count(0) // slots)
     recipe = replace(job.recipe, data=replace(job.recipe.data, threads=threads))
     recipe = recipe if device is None else replace(recipe, device="cuda")  # the only one that it sees
     write_text(file, dump_recipe(recipe))

@@ -12,14 +12,16 @@ from typing import Any
 from fastsimclr.recipe import Recipe, dump_recipe
 from fastsimclr.runs.text import write_text
 from fastsimclr.studies.base import Study
-from fastsimclr.studies.jobs import Outcomes, StudyJob, in_order, places_of, run_jobs
+from fastsimclr.studies.jobs import Outcomes, StudyJob, in_order, run_jobs, slots_of
 from fastsimclr.studies.table import as_csv, as_markdown, rows_of
 
 
-def run_study(study: Study, recipe: Recipe, out: Path, *, world: int = 1, first: bool = True) -> tuple[str, Outcomes]:
+def run_study(
+    study: Study, recipe: Recipe, out: Path, *, world: int = 1, is_first: bool = True
+) -> tuple[str, Outcomes]:
     """Run what is not done yet, write the files to `out`, and return the table for people and what came of each job.
 
-    world: ranks of this process's group, which then share each training; first: whether this one writes the files.
+    world: ranks of this process's group, which then share each training; is_first: whether this one writes the files.
     ValueError where matplotlib is missing; see `run_jobs` for the rest.
     """
     if find_spec("matplotlib") is None:
@@ -29,19 +31,19 @@ def run_study(study: Study, recipe: Recipe, out: Path, *, world: int = 1, first:
             f"--side_by_side {study.side_by_side} is for one process, not for {world} ranks; start it without"
             " torchrun, or leave it out"
         )
-    places = () if world > 1 else places_of(recipe, study.side_by_side)
+    slots = () if world > 1 else slots_of(recipe, study.side_by_side)
     cells = study.cells(recipe)
     jobs = in_order([cell.job for cell in cells])
-    if first:
+    if is_first:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "recipe.yaml", dump_recipe(recipe))
-    outcomes = run_jobs(jobs, out, places)
+    outcomes = run_jobs(jobs, out, slots)
     rows = rows_of(cells, outcomes)
     text = as_markdown(rows)
-    if not first or not rows:
+    if not is_first or not rows:
         return text, outcomes
     remarks = study.remarks(rows, out)
-    cost = _cost(jobs, outcomes, len(places) or 1)
+    cost = _cost(jobs, outcomes, len(slots) or 1)
     text = "\n\n".join([text, *(["\n".join(f"- {line}" for line in remarks)] if remarks else []), _told(cost)])
     write_text(out / "rows.csv", as_csv(rows, study.name))
     write_text(out / "table.md", f"# Study {study.name}\n\n{text}\n")

@@ -117,12 +117,12 @@ def _named(value: Value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def crossing(xs: Sequence[float], first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Where `second` begins to be above `first` for good, linear between the points in log x; None: nowhere.
+def crossing(xs: Sequence[float], baseline: Sequence[float], challenger: Sequence[float]) -> float | None:
+    """Where `challenger` begins to be above `baseline` for good, linear between the points in log x; None: nowhere.
 
     xs: rising, above 0. At the first point already: that point.
     """
-    ahead = [b - a for a, b in zip(first, second, strict=True)]
+    ahead = [b - a for a, b in zip(baseline, challenger, strict=True)]
     if ahead[-1] <= 0:
         return None
     behind = [k for k, value in enumerate(ahead) if value <= 0]

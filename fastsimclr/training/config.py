@@ -68,18 +68,18 @@ class TrainerConfig:
         if not 0 < self.timeout_s < math.inf:
             raise ValueError(f"trainer.timeout_s={self.timeout_s} must be greater than 0 and finite")
 
-    def at_once(self, share: int, *, joint: bool, whole: str) -> int:
+    def at_once(self, share: int, *, joint: bool, batch_name: str) -> int:
         """Images that a rank takes through the network at once, of its `share` of the batch; share itself: all of it.
 
         joint: whether the loss compares images; where it does not, the largest divisor up to micro_batch is taken.
-        whole: what the share is of, for the error, e.g. "pretrain.batch=512". ValueError where micro_batch divides not.
+        batch_name: the batch in the error, e.g. "pretrain.batch=512". ValueError where micro_batch does not divide it.
         """
         micro = min(self.micro_batch or share, share)
         if not joint:
             micro = max(size for size in range(1, micro + 1) if share % size == 0)
         if share % micro:
             raise ValueError(
-                f"trainer.micro_batch={micro} does not divide the {share} images that a rank has of {whole};"
+                f"trainer.micro_batch={micro} does not divide the {share} images that a rank has of {batch_name};"
                 f" use a divisor of {share}"
             )
         return micro

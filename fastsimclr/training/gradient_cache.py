@@ -30,7 +30,7 @@ Scale = Callable[[Tensor], Tensor]
 Autocast = Callable[[], AbstractContextManager[object]]
 
 
-def backward_in_parts(
+def backward_in_micro_batches(
     objective: Objective, images: Tensor, labels: Tensor, micro: int, scale: Scale, autocast: Autocast = nullcontext
 ) -> Outcome:
     """Add the gradient of scale(loss) to that of the parameters; the outcome of the batch, without a graph.
@@ -38,8 +38,8 @@ def backward_in_parts(
     images: float [V·N, 3, S, S], view-major. labels: int64 [N]. micro: images at a time, a divisor of N.
     autocast: what forward passes run in.
     """
-    parts = [(images_of, labels[rows]) for images_of, rows in _parts(images, len(labels), micro)]
-    return (_joint if objective.joint else _separate)(objective, parts, labels, scale, autocast)
+    micro_batches = [(images_of, labels[rows]) for images_of, rows in _micro_batches(images, len(labels), micro)]
+    return (_joint if objective.joint else _separate)(objective, micro_batches, labels, scale, autocast)
 
 
 def average_gradients(objective: Objective) -> None:
@@ -58,20 +58,20 @@ def average_gradients(objective: Objective) -> None:
             gradient.copy_(mean.view_as(gradient))
 
 
-def _parts(images: Tensor, n: int, micro: int) -> list[tuple[Tensor, slice]]:
+def _micro_batches(images: Tensor, n: int, micro: int) -> list[tuple[Tensor, slice]]:
     views = len(images) // n
     rows = [slice(start, start + micro) for start in range(0, n, micro)]
     return [(torch.cat([images[v * n + r.start : v * n + r.stop] for v in range(views)]), r) for r in rows]
 
 
 def _joint(
-    objective: Objective, parts: list[tuple[Tensor, Tensor]], labels: Tensor, scale: Scale, autocast: Autocast
+    objective: Objective, micro_batches: list[tuple[Tensor, Tensor]], labels: Tensor, scale: Scale, autocast: Autocast
 ) -> Outcome:
-    views = len(parts[0][0]) // len(parts[0][1])
+    views = len(micro_batches[0][0]) // len(micro_batches[0][1])
     contrasts, embedded = list[Tensor](), list[Tensor]()
     with torch.no_grad(), autocast():
-        for k, (images, _) in enumerate(parts):
-            with statistics_of(k, len(parts)):
+        for k, (images, _) in enumerate(micro_batches):
+            with statistics_of(k, len(micro_batches)):
                 found = objective.contrasts(images)
             contrasts += [] if found is None else [found.view(views, -1, found.shape[1])]
             with statistics_of(None):
@@ -84,24 +84,24 @@ def _joint(
     scale(outcome.loss).backward()  # type: ignore[no-untyped-call]
     assert leaf_VND.grad is not None
     wanted = torch.split(leaf_VND.grad, [one.shape[1] for one in embedded], dim=1)
-    for k, ((images, _), gradient_VND) in enumerate(zip(parts, wanted, strict=True)):
-        with statistics_of(k, len(parts)), autocast():
+    for k, ((images, _), gradient_VND) in enumerate(zip(micro_batches, wanted, strict=True)):
+        with statistics_of(k, len(micro_batches)), autocast():
             again = objective.embed(images)
         again.backward(gradient_VND.flatten(0, 1))  # type: ignore[no-untyped-call]
     return Outcome(loss=outcome.loss.detach(), metrics=outcome.metrics)
 
 
 def _separate(
-    objective: Objective, parts: list[tuple[Tensor, Tensor]], labels: Tensor, scale: Scale, autocast: Autocast
+    objective: Objective, micro_batches: list[tuple[Tensor, Tensor]], labels: Tensor, scale: Scale, autocast: Autocast
 ) -> Outcome:
     outcomes = []
-    objective.in_parts(labels, len(parts))
-    for k, (images, own) in enumerate(parts):
-        with statistics_of(k, len(parts)), autocast():
+    objective.in_micro_batches(labels, len(micro_batches))
+    for k, (images, own) in enumerate(micro_batches):
+        with statistics_of(k, len(micro_batches)), autocast():
             found: Outcome = objective(images, own)
-        scale(found.loss / len(parts)).backward()  # type: ignore[no-untyped-call]
+        scale(found.loss / len(micro_batches)).backward()  # type: ignore[no-untyped-call]
         outcomes.append(Outcome(loss=found.loss.detach(), metrics=found.metrics))
-    objective.in_parts(None, 1)
+    objective.in_micro_batches(None, 1)
     return Outcome(
         loss=torch.stack([one.loss for one in outcomes]).mean(),
         metrics={key: torch.stack([one.metrics[key] for one in outcomes]).mean() for key in outcomes[0].metrics},

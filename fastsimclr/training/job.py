@@ -27,7 +27,7 @@ class TrainingJob:
     feed: builds the iterator over the shipments of `batches`; called with the arguments of Feed. A replacement is a
     context manager with `waited_s`. Its shipments have `ids`, `render` and `labels`, as a Shipment has; the objective
     is called with what `render` returns and the labels.
-    facts: what must be equal for a resume to be exact.
+    metadata: what must be equal for a resume to be exact; the `facts` of a checkpoint.
     sizes: (share of the steps, side): from there on views are that large, instead of policy.size; rising shares.
     resume: continue from the newest checkpoint in `run`, if there is one; False refuses a folder that has one.
     """
@@ -43,7 +43,7 @@ class TrainingJob:
     seed: int
     fingerprint: str
     recipe: str
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     resume: bool
     hooks: Sequence[Hook] = ()
     sizes: Sequence[tuple[float, int]] = ()

@@ -45,7 +45,7 @@ class TrainingState:
                 f"trainer.bn_groups={self.config.bn_groups} makes {self.bn_groups} parts, which do not divide"
                 f" {job.stage}.batch={job.batch}; use a number that does"
             )
-        if self.ranks.first:
+        if self.ranks.is_first:
             write_text(job.run / "recipe.yaml", job.recipe)
 
     def _settle(self) -> None:
@@ -66,7 +66,7 @@ class TrainingState:
     def _facts(self) -> dict[str, Any]:
         """micro_batch: images of all ranks that go through the networks at once; null: the whole batch."""
         return {
-            **self.job.facts,
+            **self.job.metadata,
             "batch": self.job.batch,
             "bn_groups": self.bn_groups,
             "micro_batch": None if self.micro is None else self.micro * self.ranks.world,
@@ -80,7 +80,7 @@ class TrainingState:
         """
         self._settle()
         job = self.job
-        if not self.ranks.first:
+        if not self.ranks.is_first:
             return None
         return checkpoint.save(
             job.run,

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastsimclr.methods import Objective, Outcome
 from fastsimclr.models import batch_groups, set_groups
 from fastsimclr.runtime.device import Runtime
-from fastsimclr.training.gradient_cache import Scale, average_gradients, backward_in_parts
+from fastsimclr.training.gradient_cache import Scale, average_gradients, backward_in_micro_batches
 
 Step = Callable[[Tensor, Tensor, Scale], Outcome]
 """(this rank's views, its labels, what scales a loss) -> the outcome; gradients of the whole batch are then there."""
@@ -45,7 +45,7 @@ def parallel(
     )
     set_groups(objective, None if alone else parts)
     if micro is not None:
-        return _in_parts(objective, micro, runtime)
+        return _in_micro_batches(objective, micro, runtime)
     network: nn.Module = _Forward(objective)
     if ranks.world > 1:
         # BN's statistics differ between the ranks until they are averaged, before anybody reads them, so DDP must leave
@@ -73,9 +73,9 @@ def _at_once(network: nn.Module, runtime: Runtime) -> Step:
     return step
 
 
-def _in_parts(objective: Objective, micro: int, runtime: Runtime) -> Step:
+def _in_micro_batches(objective: Objective, micro: int, runtime: Runtime) -> Step:
     def step(images: Tensor, labels: Tensor, scale: Scale) -> Outcome:
-        outcome = backward_in_parts(objective, images, labels, micro, scale, runtime.autocast)
+        outcome = backward_in_micro_batches(objective, images, labels, micro, scale, runtime.autocast)
         average_gradients(objective)
         return outcome
 

@@ -58,7 +58,7 @@ class Trainer(TrainingState):
 
     def _fit(self) -> dict[str, float]:
         job, total = self.job, self.job.schedule.total_steps
-        log = RunLog(job.run if self.ranks.first else None, title=job.stage, total_steps=total, from_step=self.step)
+        log = RunLog(job.run if self.ranks.is_first else None, title=job.stage, total_steps=total, from_step=self.step)
         job.objective.train()
         signum, path = 0, None
         with contextlib.closing(log), StopFlag() as flag, _garbage_left(), freed_memory_kept(self.runtime.device):
@@ -144,9 +144,9 @@ class Trainer(TrainingState):
             raise self._broken(f"the {name} became {value}", self.step)
         return {**values, "learning_rate": rate, "trained_s": round(self.trained_s, 3)}
 
-    def _broken(self, what: str, step: int) -> FloatingPointError:
+    def _broken(self, failure: str, step: int) -> FloatingPointError:
         return FloatingPointError(
-            f"{self.job.stage}: {what} by step {step} (learning rate {self.job.schedule(step - 1):.4g});"
+            f"{self.job.stage}: {failure} by step {step} (learning rate {self.job.schedule(step - 1):.4g});"
             " no checkpoint of it was written. Lower the learning rate or lengthen the warm-up, and start in"
             f" another --out, or go on from {checkpoint.folder(self.job.run)} with the stage's --resume auto"
         )
@@ -162,7 +162,7 @@ class Trainer(TrainingState):
                 " leave it out"
             )
         share = job.batch // self.ranks.world
-        micro = config.at_once(share, joint=job.objective.joint, whole=f"{job.stage}.batch={job.batch}")
+        micro = config.at_once(share, joint=job.objective.joint, batch_name=f"{job.stage}.batch={job.batch}")
         self.micro = micro if micro < share else None
         if config.fused_bn:
             if not self.runtime.channels_last or self.runtime.precision == "fp64":

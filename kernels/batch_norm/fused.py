@@ -35,26 +35,26 @@ def statistics(x_MC: Tensor, running: Sequence[Tensor], factor: float) -> Tensor
     """As the reference's, float32."""
     shape, each, grid = _divided(x_MC, SUMMING)
     with torch.cuda.device_of(x_MC):  # type: ignore[no-untyped-call]
-        parts_S2C = _float(x_MC, grid[1], 2, x_MC.shape[1])
-        programs.statistics[grid](x_MC, parts_S2C, len(x_MC), each, x_MC.shape[1], **shape, **_options())
-        return _pooled(parts_S2C, len(x_MC), each, running, factor)
+        partials_S2C = _float(x_MC, grid[1], 2, x_MC.shape[1])
+        programs.statistics[grid](x_MC, partials_S2C, len(x_MC), each, x_MC.shape[1], **shape, **_options())
+        return _pooled(partials_S2C, len(x_MC), each, running, factor)
 
 
-def pooled(parts_R2C: Tensor, rows: int, running: Sequence[Tensor], factor: float) -> Tensor:
+def pooled(partials_R2C: Tensor, rows: int, running: Sequence[Tensor], factor: float) -> Tensor:
     """As the reference's."""
-    with torch.cuda.device_of(parts_R2C):  # type: ignore[no-untyped-call]
-        return _pooled(parts_R2C, rows * len(parts_R2C), rows, running, factor)
+    with torch.cuda.device_of(partials_R2C):  # type: ignore[no-untyped-call]
+        return _pooled(partials_R2C, rows * len(partials_R2C), rows, running, factor)
 
 
-def _pooled(parts_S2C: Tensor, rows: int, each: int, running: Sequence[Tensor], factor: float) -> Tensor:
-    count, _, channels = parts_S2C.shape
-    found_2C = _float(parts_S2C, 2, channels)
-    mean_C, var_C = running or (found_2C, found_2C)
+def _pooled(partials_S2C: Tensor, rows: int, each: int, running: Sequence[Tensor], factor: float) -> Tensor:
+    count, _, channels = partials_S2C.shape
+    mean_var_2C = _float(partials_S2C, 2, channels)
+    mean_C, var_C = running or (mean_var_2C, mean_var_2C)
     programs.pool[(_blocks(channels, PART_CHANNELS),)](
-        parts_S2C, found_2C, mean_C, var_C, count, rows, each, channels, factor,
+        partials_S2C, mean_var_2C, mean_C, var_C, count, rows, each, channels, factor,
         TRACK=bool(running), P=PARTS, K=PART_CHANNELS, **_options(),
     )  # fmt: skip
-    return found_2C
+    return mean_var_2C
 
 
 def apply(
@@ -62,7 +62,7 @@ def apply(
     residual_MC: Tensor | None,
     weight_C: Tensor,
     bias_C: Tensor | None,
-    found_2C: Tensor,
+    mean_var_2C: Tensor,
     relu: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ def apply(
     with torch.cuda.device_of(x_MC):  # type: ignore[no-untyped-call]
         programs.apply[grid](
             x_MC, x_MC if residual_MC is None else residual_MC, weight_C, weight_C if bias_C is None else bias_C,
-            found_2C, y_MC, bits, rows, each, channels, eps,
+            mean_var_2C, y_MC, bits, rows, each, channels, eps,
             RESIDUAL=residual_MC is not None, BIAS=bias_C is not None, RELU=relu, **shape, **_options(),
         )  # fmt: skip
     return y_MC, bits
@@ -86,7 +86,7 @@ def sums(
     x_MC: Tensor,
     weight_C: Tensor,
     bias_C: Tensor | None,
-    found_2C: Tensor,
+    mean_var_2C: Tensor,
     bits: Tensor,
     relu: bool,
     eps: float,
@@ -94,15 +94,15 @@ def sums(
     """As the reference's."""
     rows, channels = x_MC.shape
     shape, each, grid = _divided(x_MC, SUMMING)
-    parts_S2C, total_2C = _float(x_MC, grid[1], 2, channels), _float(x_MC, 2, channels)
+    partials_S2C, total_2C = _float(x_MC, grid[1], 2, channels), _float(x_MC, 2, channels)
     with torch.cuda.device_of(x_MC):  # type: ignore[no-untyped-call]
         programs.sums[grid](
-            dy_MC, x_MC, weight_C, weight_C if bias_C is None else bias_C, found_2C, bits, parts_S2C,
+            dy_MC, x_MC, weight_C, weight_C if bias_C is None else bias_C, mean_var_2C, bits, partials_S2C,
             rows, each, channels, eps,
             BITS=bool(bits.numel()), BIAS=bias_C is not None, RELU=relu, **shape, **_options(),
         )  # fmt: skip
         programs.add[(_blocks(2 * channels, PART_CHANNELS),)](
-            parts_S2C, total_2C, grid[1], 2 * channels, P=PARTS, K=PART_CHANNELS, **_options()
+            partials_S2C, total_2C, grid[1], 2 * channels, P=PARTS, K=PART_CHANNELS, **_options()
         )
     return total_2C
 
@@ -112,7 +112,7 @@ def gradient(
     x_MC: Tensor,
     weight_C: Tensor,
     bias_C: Tensor | None,
-    found_2C: Tensor,
+    mean_var_2C: Tensor,
     bits: Tensor,
     total_2C: Tensor,
     rows: int,
@@ -126,8 +126,8 @@ def gradient(
     dx_MC, dresidual = torch.empty(M, channels, **like), torch.empty((M, channels) if bits.numel() else (0,), **like)
     with torch.cuda.device_of(x_MC):  # type: ignore[no-untyped-call]
         programs.gradient[grid](
-            dy_MC, x_MC, weight_C, weight_C if bias_C is None else bias_C, found_2C, bits, total_2C, dx_MC, dresidual,
-            M, each, channels, 1 / rows, eps,
+            dy_MC, x_MC, weight_C, weight_C if bias_C is None else bias_C, mean_var_2C, bits, total_2C, dx_MC,
+            dresidual, M, each, channels, 1 / rows, eps,
             BITS=bool(bits.numel()), BIAS=bias_C is not None, RELU=relu, **shape, **_options(),
         )  # fmt: skip
     return dx_MC, dresidual

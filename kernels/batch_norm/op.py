@@ -58,9 +58,9 @@ def statistics_op(
     if not group:
         alone: Tensor = run.statistics(x_MC, running, factor)
         return alone
-    parts_R2C = gather(run.statistics(x_MC, [], 0.0), _resolve_process_group(group))  # type: ignore[arg-type]
-    found: Tensor = run.pooled(parts_R2C, len(x_MC), running, factor)
-    return found
+    partials_R2C = gather(run.statistics(x_MC, [], 0.0), _resolve_process_group(group))  # type: ignore[arg-type]
+    mean_var: Tensor = run.pooled(partials_R2C, len(x_MC), running, factor)
+    return mean_var
 
 
 @statistics_op.register_fake
@@ -74,16 +74,16 @@ def batch_norm_op(
     residual: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    found: Tensor,
+    mean_var: Tensor,
     relu: bool,
     eps: float,
     implementation: str,
     group: str,
     world: int,
 ) -> tuple[Tensor, Tensor]:
-    """y, and which values ReLU kept where that cannot be worked out again. found: what statistics_op gave for x."""
+    """y, and which values ReLU kept where that cannot be worked out again. mean_var: what statistics_op gave for x."""
     residual_MC = None if residual is None else _rows(residual)
-    y_MC, bits = _implementation(implementation).apply(_rows(x), residual_MC, weight, bias, found, relu, eps)
+    y_MC, bits = _implementation(implementation).apply(_rows(x), residual_MC, weight, bias, mean_var, relu, eps)
     return _like(y_MC, x), bits
 
 
@@ -93,7 +93,7 @@ def _(
     residual: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    found: Tensor,
+    mean_var: Tensor,
     relu: bool,
     eps: float,
     implementation: str,
@@ -113,7 +113,7 @@ def batch_norm_backward_op(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    found: Tensor,
+    mean_var: Tensor,
     bits: Tensor,
     relu: bool,
     eps: float,
@@ -123,13 +123,13 @@ def batch_norm_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dresidual (empty where `bits` is), and dbias and dweight, [2, C], of this rank. One exchange in a group."""
     run, x_MC, dy_MC = _implementation(implementation), _rows(x), _rows(dy)
-    own_2C: Tensor = run.sums(dy_MC, x_MC, weight, bias, found, bits, relu, eps)
+    own_2C: Tensor = run.sums(dy_MC, x_MC, weight, bias, mean_var, bits, relu, eps)
     total_2C = own_2C
     if group:
         total_2C = own_2C.clone()
         dist.all_reduce(total_2C, group=_resolve_process_group(group))  # type: ignore[arg-type]
     rows = len(x_MC) * world
-    dx_MC, dresidual = run.gradient(dy_MC, x_MC, weight, bias, found, bits, total_2C, rows, relu, eps)
+    dx_MC, dresidual = run.gradient(dy_MC, x_MC, weight, bias, mean_var, bits, total_2C, rows, relu, eps)
     return _like(dx_MC, x), _like(dresidual, x) if len(dresidual) else dresidual, own_2C
 
 
@@ -139,7 +139,7 @@ def _(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    found: Tensor,
+    mean_var: Tensor,
     bits: Tensor,
     relu: bool,
     eps: float,
@@ -147,22 +147,22 @@ def _(
     group: str,
     world: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _blank(x), _blank(x) if bits.numel() else x.new_empty(0), torch.empty_like(found)
+    return _blank(x), _blank(x) if bits.numel() else x.new_empty(0), torch.empty_like(mean_var)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, residual, weight, bias, found, *options = inputs
+    x, residual, weight, bias, mean_var, *options = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, weight, bias, found, output[1])
+    ctx.save_for_backward(x, weight, bias, mean_var, output[1])
     ctx.options, ctx.residual = options, residual is not None
 
 
 def _gradient(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 10
-    x, weight, bias, found, bits = ctx.saved_tensors
-    dx, dresidual, sums_2C = batch_norm_backward_op(dy, x, weight, bias, found, bits, *ctx.options)
+    x, weight, bias, mean_var, bits = ctx.saved_tensors
+    dx, dresidual, sums_2C = batch_norm_backward_op(dy, x, weight, bias, mean_var, bits, *ctx.options)
     dbias, dweight = sums_2C.unbind()
     residual = (dresidual if ctx.options[0] else dy) if ctx.residual else None
     return (dx, residual, dweight, None if bias is None else dbias, *(None,) * 6)

@@ -33,8 +33,8 @@ def _run(rows, each):
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def statistics(x, parts, rows, each, channels, B: tl.constexpr, K: tl.constexpr):
-    """parts[s] = mean and biased variance of each channel over run s.
+def statistics(x, partials, rows, each, channels, B: tl.constexpr, K: tl.constexpr):
+    """partials[s] = mean and biased variance of each channel over run s.
 
     Every lane follows Welford's recurrence on x less the channel's first value, so that neither a far mean nor a far
     first value costs digits; then the lanes are pooled (Chan et al. 1983).
@@ -61,36 +61,36 @@ def statistics(x, parts, rows, each, channels, B: tl.constexpr, K: tl.constexpr)
     mean_K = tl.sum(n_B1 * mean_BK, 0) / n
     far_BK = mean_BK - mean_K[None, :]
     var_K = (tl.sum(squares_BK, 0) + tl.sum(n_B1 * far_BK * far_BK, 0)) / n
-    out = parts + tl.program_id(1).to(tl.int64) * 2 * channels + c
+    out = partials + tl.program_id(1).to(tl.int64) * 2 * channels + c
     tl.store(out, first_K + mean_K, mask=there_K)
     tl.store(out + channels, var_K, mask=there_K)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def pool(
-    parts, found, running_mean, running_var, count, rows, each, channels, factor,
+    partials, mean_var, running_mean, running_var, count, rows, each, channels, factor,
     TRACK: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """found = mean and biased variance of all `rows` out of those of `count` parts of `each`, the last may be shorter.
+    """mean_var = mean and biased variance of all `rows`, from `count` partials of `each` rows; the last may be shorter.
 
     TRACK: running = (1 - factor) running + factor (mean, unbiased variance).
     """
     c, there_K = _channels(channels, K)
-    origin_K = tl.load(parts + c, mask=there_K, other=0.0)
+    origin_K = tl.load(partials + c, mask=there_K, other=0.0)
     sum_K = tl.zeros((K,), tl.float32)
-    for first in range(0, count, P):
-        at_PK, there_PK, n_P1 = _parts(parts, first, count, rows, each, channels, c, there_K, P)
+    for start in range(0, count, P):
+        at_PK, there_PK, n_P1 = _partials(partials, start, count, rows, each, channels, c, there_K, P)
         mean_PK = tl.load(at_PK, mask=there_PK, other=0.0)
         sum_K += tl.sum(tl.where(there_PK, n_P1 * (mean_PK - origin_K[None, :]), 0.0), 0)
     mean_K = origin_K + sum_K / rows
     squares_K = tl.zeros((K,), tl.float32)
-    for first in range(0, count, P):
-        at_PK, there_PK, n_P1 = _parts(parts, first, count, rows, each, channels, c, there_K, P)
+    for start in range(0, count, P):
+        at_PK, there_PK, n_P1 = _partials(partials, start, count, rows, each, channels, c, there_K, P)
         far_PK = tl.load(at_PK, mask=there_PK, other=0.0) - mean_K[None, :]
         var_PK = tl.load(at_PK + channels, mask=there_PK, other=0.0)
         squares_K += tl.sum(tl.where(there_PK, n_P1 * (var_PK + far_PK * far_PK), 0.0), 0)
-    tl.store(found + c, mean_K, mask=there_K)
-    tl.store(found + channels + c, squares_K / rows, mask=there_K)
+    tl.store(mean_var + c, mean_K, mask=there_K)
+    tl.store(mean_var + channels + c, squares_K / rows, mask=there_K)
     if TRACK:
         old_K = tl.load(running_mean + c, mask=there_K, other=0.0)
         tl.store(running_mean + c, (1.0 - factor) * old_K + factor * mean_K, mask=there_K)
@@ -99,18 +99,18 @@ def pool(
 
 
 @triton.jit
-def _parts(parts, first, count, rows, each, channels, c, there_K, P: tl.constexpr):
-    """Where the means of the parts from `first` on lie, which there are, and of how many rows each is."""
-    p = (first + tl.arange(0, P)).to(tl.int64)
+def _partials(partials, start, count, rows, each, channels, c, there_K, P: tl.constexpr):
+    """Where the means of the partials from `start` on lie, which there are, and of how many rows each is."""
+    p = (start + tl.arange(0, P)).to(tl.int64)
     n_P = tl.minimum(tl.maximum(rows - p * each, 0), each).to(tl.float32)
-    return parts + p[:, None] * (2 * channels) + c[None, :], (p < count)[:, None] & there_K[None, :], n_P[:, None]
+    return partials + p[:, None] * (2 * channels) + c[None, :], (p < count)[:, None] & there_K[None, :], n_P[:, None]
 
 
 @triton.jit
-def _coefficients(found, weight, bias, eps, channels, c, there_K, BIAS: tl.constexpr):
+def _coefficients(mean_var, weight, bias, eps, channels, c, there_K, BIAS: tl.constexpr):
     """mean, 1 / sqrt(var + eps), weight / sqrt(var + eps) and bias of each channel."""
-    mean_K = tl.load(found + c, mask=there_K, other=0.0)
-    inverse_K = 1.0 / tl.sqrt(tl.load(found + channels + c, mask=there_K, other=1.0) + eps)
+    mean_K = tl.load(mean_var + c, mask=there_K, other=0.0)
+    inverse_K = 1.0 / tl.sqrt(tl.load(mean_var + channels + c, mask=there_K, other=1.0) + eps)
     scale_K = tl.load(weight + c, mask=there_K, other=0.0) * inverse_K
     bias_K = tl.zeros_like(scale_K)
     if BIAS:
@@ -128,14 +128,14 @@ def _bytes_of_bits(channels, r, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def apply(
-    x, residual, weight, bias, found, y, bits, rows, each, channels, eps,
+    x, residual, weight, bias, mean_var, y, bits, rows, each, channels, eps,
     RESIDUAL: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, B: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """y = relu((x - mean) scale + bias + residual). With RELU and RESIDUAL also a bit a value: whether it is kept."""
     c, there_K = _channels(channels, K)
     start, stop = _run(rows, each)
     r = tl.arange(0, B)
-    mean_K, _, scale_K, bias_K = _coefficients(found, weight, bias, eps, channels, c, there_K, BIAS)
+    mean_K, _, scale_K, bias_K = _coefficients(mean_var, weight, bias, eps, channels, c, there_K, BIAS)
     inside_BK = r[:, None] * channels + c[None, :]
     bytes_BQ, there_Q, wide = _bytes_of_bits(channels, r, K)
     offset = start.to(tl.int64) * channels
@@ -186,14 +186,14 @@ def _gradient(
 
 @triton.jit(do_not_specialize=COUNTS)
 def sums(
-    dy, x, weight, bias, found, bits, parts, rows, each, channels, eps,
+    dy, x, weight, bias, mean_var, bits, partials, rows, each, channels, eps,
     BITS: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, B: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """parts[s] = the sums over run s of d, what ReLU leaves of dy, and of d xhat."""
+    """partials[s] = the sums over run s of d, what ReLU leaves of dy, and of d xhat."""
     c, there_K = _channels(channels, K)
     start, stop = _run(rows, each)
     r = tl.arange(0, B)
-    mean_K, inverse_K, scale_K, bias_K = _coefficients(found, weight, bias, eps, channels, c, there_K, BIAS)
+    mean_K, inverse_K, scale_K, bias_K = _coefficients(mean_var, weight, bias, eps, channels, c, there_K, BIAS)
     inside_BK = r[:, None] * channels + c[None, :]
     bytes_BQ, there_Q, wide = _bytes_of_bits(channels, r, K)
     offset = start.to(tl.int64) * channels
@@ -213,33 +213,33 @@ def sums(
         x_at += B * channels
         dy_at += B * channels
         bits_at += B * wide
-    out = parts + tl.program_id(1).to(tl.int64) * 2 * channels + c
+    out = partials + tl.program_id(1).to(tl.int64) * 2 * channels + c
     tl.store(out, tl.sum(d_sum_BK, 0), mask=there_K)
     tl.store(out + channels, tl.sum(far_sum_BK, 0) * inverse_K, mask=there_K)
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def add(parts, total, count, channels, P: tl.constexpr, K: tl.constexpr):
-    """total = the sum of `count` parts of `channels` numbers."""
+def add(partials, total, count, channels, P: tl.constexpr, K: tl.constexpr):
+    """total = the sum of `count` partials of `channels` numbers."""
     c, there_K = _channels(channels, K)
     sum_K = tl.zeros((K,), tl.float32)
-    for first in range(0, count, P):
-        p = (first + tl.arange(0, P)).to(tl.int64)
+    for start in range(0, count, P):
+        p = (start + tl.arange(0, P)).to(tl.int64)
         there_PK = (p < count)[:, None] & there_K[None, :]
-        sum_K += tl.sum(tl.load(parts + p[:, None] * channels + c[None, :], mask=there_PK, other=0.0), 0)
+        sum_K += tl.sum(tl.load(partials + p[:, None] * channels + c[None, :], mask=there_PK, other=0.0), 0)
     tl.store(total + c, sum_K, mask=there_K)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def gradient(
-    dy, x, weight, bias, found, bits, total, dx, dresidual, rows, each, channels, inverse_count, eps,
+    dy, x, weight, bias, mean_var, bits, total, dx, dresidual, rows, each, channels, inverse_count, eps,
     BITS: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, B: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """dx = scale (d - mean(d) - xhat mean(d xhat)), means by the totals and 1 / count; with BITS also dresidual = d."""
     c, there_K = _channels(channels, K)
     start, stop = _run(rows, each)
     r = tl.arange(0, B)
-    mean_K, inverse_K, scale_K, bias_K = _coefficients(found, weight, bias, eps, channels, c, there_K, BIAS)
+    mean_K, inverse_K, scale_K, bias_K = _coefficients(mean_var, weight, bias, eps, channels, c, there_K, BIAS)
     level_K = tl.load(total + c, mask=there_K, other=0.0) * inverse_count
     slope_K = tl.load(total + channels + c, mask=there_K, other=0.0) * inverse_count * inverse_K
     inside_BK = r[:, None] * channels + c[None, :]

@@ -23,16 +23,16 @@ def statistics(x_MC: Tensor, running: Sequence[Tensor], factor: float) -> Tensor
     return _tracked(torch.stack((mean_C, var_C)), len(x_MC), running, factor)
 
 
-def pooled(parts_R2C: Tensor, rows: int, running: Sequence[Tensor], factor: float) -> Tensor:
+def pooled(partials_R2C: Tensor, rows: int, running: Sequence[Tensor], factor: float) -> Tensor:
     """Mean and biased variance [2, C] of all ranks' rows, of `rows` each, out of every rank's.
 
     running: empty, or mean and variance [C], which become (1 - factor) times themselves plus factor times these, the
     variance without bias.
     """
-    mean_RC, var_RC = parts_R2C.unbind(1)
+    mean_RC, var_RC = partials_R2C.unbind(1)
     mean_C = mean_RC.mean(0)
-    found_2C = torch.stack((mean_C, (var_RC + (mean_RC - mean_C).square()).mean(0)))
-    return _tracked(found_2C, rows * len(parts_R2C), running, factor)
+    mean_var_2C = torch.stack((mean_C, (var_RC + (mean_RC - mean_C).square()).mean(0)))
+    return _tracked(mean_var_2C, rows * len(partials_R2C), running, factor)
 
 
 def apply(
@@ -40,12 +40,12 @@ def apply(
     residual_MC: Tensor | None,
     weight_C: Tensor,
     bias_C: Tensor | None,
-    found_2C: Tensor,
+    mean_var_2C: Tensor,
     relu: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """y of x's dtype, and uint8 [M, C], where ReLU keeps a value; empty unless there are both ReLU and residual."""
-    v_MC = _scaled(x_MC, weight_C, bias_C, found_2C, eps)
+    v_MC = _scaled(x_MC, weight_C, bias_C, mean_var_2C, eps)
     if residual_MC is not None:
         v_MC = v_MC + residual_MC
     y_MC = v_MC.to(x_MC.dtype)
@@ -58,14 +58,14 @@ def sums(
     x_MC: Tensor,
     weight_C: Tensor,
     bias_C: Tensor | None,
-    found_2C: Tensor,
+    mean_var_2C: Tensor,
     kept: Tensor,
     relu: bool,
     eps: float,
 ) -> Tensor:
     """The sums of d and of d xhat, [2, C]."""
-    d_MC = _kept_gradient(dy_MC, x_MC, weight_C, bias_C, found_2C, kept, relu, eps)
-    return torch.stack((d_MC.sum(0), (d_MC * _normalised(x_MC, found_2C, eps)).sum(0)))
+    d_MC = _kept_gradient(dy_MC, x_MC, weight_C, bias_C, mean_var_2C, kept, relu, eps)
+    return torch.stack((d_MC.sum(0), (d_MC * _normalised(x_MC, mean_var_2C, eps)).sum(0)))
 
 
 def gradient(
@@ -73,7 +73,7 @@ def gradient(
     x_MC: Tensor,
     weight_C: Tensor,
     bias_C: Tensor | None,
-    found_2C: Tensor,
+    mean_var_2C: Tensor,
     kept: Tensor,
     total_2C: Tensor,
     rows: int,
@@ -81,10 +81,10 @@ def gradient(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """dx, and dresidual, empty where `kept` is. total_2C: the sums over `rows`, those of all ranks."""
-    d_MC = _kept_gradient(dy_MC, x_MC, weight_C, bias_C, found_2C, kept, relu, eps)
-    scale_C = weight_C * (found_2C[1] + eps).rsqrt()
+    d_MC = _kept_gradient(dy_MC, x_MC, weight_C, bias_C, mean_var_2C, kept, relu, eps)
+    scale_C = weight_C * (mean_var_2C[1] + eps).rsqrt()
     means_2C = total_2C / rows
-    dx_MC = scale_C * (d_MC - means_2C[0] - _normalised(x_MC, found_2C, eps) * means_2C[1])
+    dx_MC = scale_C * (d_MC - means_2C[0] - _normalised(x_MC, mean_var_2C, eps) * means_2C[1])
     return dx_MC.to(x_MC.dtype), d_MC.to(x_MC.dtype) if kept.numel() else x_MC.new_empty(0)
 
 
@@ -92,18 +92,18 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _tracked(found_2C: Tensor, rows: int, running: Sequence[Tensor], factor: float) -> Tensor:
-    for old_C, new_C, unbiased in zip(running, found_2C, (1.0, rows / max(rows - 1, 1)), strict=False):
+def _tracked(mean_var_2C: Tensor, rows: int, running: Sequence[Tensor], factor: float) -> Tensor:
+    for old_C, new_C, unbiased in zip(running, mean_var_2C, (1.0, rows / max(rows - 1, 1)), strict=False):
         old_C.mul_(1 - factor).add_(new_C, alpha=factor * unbiased)
-    return found_2C
+    return mean_var_2C
 
 
-def _normalised(x_MC: Tensor, found_2C: Tensor, eps: float) -> Tensor:
-    return (_wide(x_MC) - found_2C[0]) * (found_2C[1] + eps).rsqrt()
+def _normalised(x_MC: Tensor, mean_var_2C: Tensor, eps: float) -> Tensor:
+    return (_wide(x_MC) - mean_var_2C[0]) * (mean_var_2C[1] + eps).rsqrt()
 
 
-def _scaled(x_MC: Tensor, weight_C: Tensor, bias_C: Tensor | None, found_2C: Tensor, eps: float) -> Tensor:
-    v_MC = _normalised(x_MC, found_2C, eps) * weight_C
+def _scaled(x_MC: Tensor, weight_C: Tensor, bias_C: Tensor | None, mean_var_2C: Tensor, eps: float) -> Tensor:
+    v_MC = _normalised(x_MC, mean_var_2C, eps) * weight_C
     return v_MC if bias_C is None else v_MC + bias_C
 
 
@@ -112,7 +112,7 @@ def _kept_gradient(
     x_MC: Tensor,
     weight_C: Tensor,
     bias_C: Tensor | None,
-    found_2C: Tensor,
+    mean_var_2C: Tensor,
     kept: Tensor,
     relu: bool,
     eps: float,
@@ -121,5 +121,5 @@ def _kept_gradient(
     if not relu:
         return _wide(dy_MC)
     if not kept.numel():
-        kept = ~(_scaled(x_MC, weight_C, bias_C, found_2C, eps).to(x_MC.dtype) <= 0)
+        kept = ~(_scaled(x_MC, weight_C, bias_C, mean_var_2C, eps).to(x_MC.dtype) <= 0)
     return torch.where(kept.bool(), _wide(dy_MC), 0)

@@ -28,7 +28,7 @@ class Tensors(NamedTuple):
     lr_scale: Sequence[float]
     excluded: Sequence[bool]
 
-    def part(self, rows: slice) -> Tensors:
+    def select(self, rows: slice) -> Tensors:
         """Some of them."""
         columns: Any = (column[rows] for column in self)
         return Tensors(*columns)

@@ -35,7 +35,7 @@ def lars_step_reference(tensors: Tensors, rule: Rule) -> None:
         while stop < len(params) and count + params[stop].numel() <= limit:
             count += params[stop].numel()
             stop += 1
-        _step(tensors.part(slice(start, stop)), rule)
+        _step(tensors.select(slice(start, stop)), rule)
         start = stop
 
 

@@ -52,7 +52,7 @@ TILES_TO_START = 4
 class _Columns(NamedTuple):
     """How the columns are divided: arguments of both large programs, in their order, and the number of splits."""
 
-    first: int
+    first_column: int
     columns: int
     bank_start: int
     bank_stop: int
@@ -76,18 +76,18 @@ def forward(
     m, dim = x.shape
     bank_rows = 0 if bank is None else len(bank)
     world, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
-    first, every = m * rank, m * world
+    first_column, every = m * rank, m * world
     rows, width = packed(every, bank_rows, dim, 0 if keys is None else m)
-    own = first if keys is None else rows - m
+    first_row = first_column if keys is None else rows - m
     online, k, heat = _temperature(temperature, x.device)
     single: dict[str, Any] = {"device": x.device, "dtype": torch.float32}
     inverse_M, positive_M = torch.empty(2, m, **single).unbind()
     z_RP = torch.empty(rows, width, device=x.device, dtype=torch.float16)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         if keys is None:
-            _pack(x.contiguous(), z_RP, inverse_M, positive_M, first, True)
+            _pack(x.contiguous(), z_RP, inverse_M, positive_M, first_column, True)
         else:
-            _pack_with_keys(x.contiguous(), keys.contiguous(), z_RP, inverse_M, positive_M, own, first)
+            _pack_with_keys(x.contiguous(), keys.contiguous(), z_RP, inverse_M, positive_M, first_row, first_column)
         z_RP[every : padded_rows(every)].zero_()
         if bank is not None:
             start = padded_rows(every)
@@ -96,12 +96,12 @@ def forward(
         if group is not None:
             gather_in_place(z_RP[:every], group)
         tile = _tile(FORWARD_WIDE if online or width > DEEP else FORWARD, x.device)
-        part = _divide(m, every, bank_rows, first, tile, 1, x.device)
+        part = _divide(m, every, bank_rows, first_column, tile, 1, x.device)
         partial_KSM = torch.empty(4 if online else 2, part.all_splits, m, **single)
         total, count = partial_KSM[0], partial_KSM[1]
         peak, slope = (partial_KSM[2], partial_KSM[3]) if online else (total, total)
         programs.forward[(_blocks(m, tile.rows), part.all_splits)](
-            z_RP, positive_M, heat, total, count, peak, slope, k, m, m // 2, own, *part[:-1],
+            z_RP, positive_M, heat, total, count, peak, slope, k, m, m // 2, first_row, *part[:-1],
             **_shape(width, tile, online), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         blocks = _blocks(m, FINISH_ROWS)
@@ -111,7 +111,7 @@ def forward(
         column_R = torch.full((rows,), fill, **single)
         # Keys are no rows, so that no rank needs another's rows.
         alone = group is None or keys is not None
-        column_M = column_R[own : own + m] if alone else torch.empty(m + 1, **single)
+        column_M = column_R[first_row : first_row + m] if alone else torch.empty(m + 1, **single)
         pull_M = torch.empty(m, **single)
         programs.finish_forward[(blocks,)](
             total, count, peak, slope, positive_M, positive_M if weights_M is None else weights_M.contiguous(), heat,
@@ -135,7 +135,7 @@ def backward(
     state: State,
     temperature: float | Tensor,
     factor: float,
-    first: int,
+    first_column: int,
     dtype: torch.dtype,
     world: int,
     dim: int,
@@ -144,15 +144,15 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """dx [2N, D] of `dtype` and dL/dt, a scalar, which is 0 unless the temperature is a tensor."""
     z_RP, m, width = state.z, len(state.inverse), state.z.shape[1]
-    own = len(z_RP) - m if keyed else first
+    first_row = len(z_RP) - m if keyed else first_column
     online, k, heat = _temperature(temperature, z_RP.device)
     with torch.cuda.device_of(z_RP):  # type: ignore[no-untyped-call]
         tile = _tile(BACKWARD, z_RP.device)
-        part = _divide(m, m * world, bank_rows, first, tile, width, z_RP.device)
+        part = _divide(m, m * world, bank_rows, first_column, tile, width, z_RP.device)
         shape = _shape(width, tile, online)
         partial_SMP = torch.empty(part.all_splits, m, width, device=z_RP.device, dtype=torch.float32)
         programs.backward[(_blocks(m, tile.rows), part.all_splits, width // shape["Q"])](
-            z_RP, state.column, heat, state.largest, partial_SMP, k, m, m // 2, own, *part[:-1],
+            z_RP, state.column, heat, state.largest, partial_SMP, k, m, m // 2, first_row, *part[:-1],
             **shape, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         dx = torch.empty(m, dim, device=z_RP.device, dtype=dtype)
@@ -160,7 +160,7 @@ def backward(
         rows = max(1, PACK_ELEMENTS // power)
         programs.finish_backward[(_blocks(m, rows),)](
             partial_SMP, z_RP, state.inverse, state.pull, heat, state.largest, upstream, dx, k, factor, m, m // 2,
-            own, first, dim, part.all_splits, ONLINE=online, KEYED=keyed, P=width, B=rows, E=power,
+            first_row, first_column, dim, part.all_splits, ONLINE=online, KEYED=keyed, P=width, B=rows, E=power,
             num_warps=SMALL_WARPS,
         )  # fmt: skip
         return dx, state.slope * upstream
@@ -175,30 +175,30 @@ def _temperature(temperature: float | Tensor, device: torch.device) -> tuple[boo
     return online, math.log2(math.e) / temperature, heat
 
 
-def _pack(x: Tensor, z_RP: Tensor, inverse_M: Tensor, positive_M: Tensor, first: int, paired: bool) -> None:
+def _pack(x: Tensor, z_RP: Tensor, inverse_M: Tensor, positive_M: Tensor, first_row: int, paired: bool) -> None:
     rows, dim = (len(x) // 2 if paired else len(x)), x.shape[1]
     power = _power(z_RP.shape[1])
     block = max(1, PACK_ELEMENTS // power)
     packing.pack[(_blocks(rows, block),)](
-        x, z_RP, inverse_M, positive_M, rows, first, dim, PAIRED=paired, P=z_RP.shape[1], B=block, E=power,
+        x, z_RP, inverse_M, positive_M, rows, first_row, dim, PAIRED=paired, P=z_RP.shape[1], B=block, E=power,
         num_warps=SMALL_WARPS,
     )  # fmt: skip
 
 
 def _pack_with_keys(
-    x: Tensor, keys: Tensor, z_RP: Tensor, inverse_M: Tensor, positive_M: Tensor, own: int, first: int
+    x: Tensor, keys: Tensor, z_RP: Tensor, inverse_M: Tensor, positive_M: Tensor, first_row: int, first_column: int
 ) -> None:
     rows, dim = len(x) // 2, x.shape[1]
     power = _power(z_RP.shape[1])
     block = max(1, PACK_ELEMENTS // power)
     packing.pack_with_keys[(_blocks(rows, block),)](
-        x, keys, z_RP, inverse_M, positive_M, rows, own, first, dim, P=z_RP.shape[1], B=block, E=power,
+        x, keys, z_RP, inverse_M, positive_M, rows, first_row, first_column, dim, P=z_RP.shape[1], B=block, E=power,
         num_warps=SMALL_WARPS,
     )  # fmt: skip
 
 
 def _divide(
-    m: int, columns: int, bank_rows: int, first: int, tile: Tile, elements_a_row: int, device: torch.device
+    m: int, columns: int, bank_rows: int, first_column: int, tile: Tile, elements_a_row: int, device: torch.device
 ) -> _Columns:
     """As many splits as make the slowest multiprocessor's work least; batch and bank do not share a split."""
     blocks, tiles, bank_tiles = _blocks(m, tile.rows), _blocks(columns, tile.columns), _blocks(bank_rows, tile.columns)
@@ -210,7 +210,7 @@ def _divide(
     each = _blocks(tiles + bank_tiles, splits)
     parts, bank_parts = _blocks(tiles, each), _blocks(bank_tiles, each)
     start = padded_rows(columns)
-    return _Columns(first, columns, start, start + bank_rows, parts, each, each, parts + bank_parts)
+    return _Columns(first_column, columns, start, start + bank_rows, parts, each, each, parts + bank_parts)
 
 
 def _cost(count: int, tiles: int, splits: int, slots: int) -> int:
@@ -278,7 +278,7 @@ def variants() -> list[Variant]:
 
 def _variant(name: str, kernel: Any, tile: Tile, constants: dict[str, Any], x: str = "fp32", **more: Any) -> Variant:
     """The launches' types: numbers by name, vectors fp16, projections x, all other pointers, keys among them, fp32."""
-    types = dict.fromkeys((*programs.SIZES, "parts", "rows", "blocks", "dim"), "i32")
+    types = dict.fromkeys((*programs.SIZES, "all_splits", "rows", "blocks", "dim"), "i32")
     types |= {"k": "fp32", "factor": "fp32", "z": "*fp16", "x": f"*{x}", "dx": f"*{x}"}
     signature = {arg: types.get(arg, "*fp32") for arg in kernel.arg_names if arg not in constants}
     aligned = [arg for arg, kind in signature.items() if kind.startswith("*") or arg == "dim"]

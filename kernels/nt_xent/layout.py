@@ -32,6 +32,6 @@ def padded_dim(dim: int) -> int:
     return (dim + CHUNK - 1) // CHUNK * CHUNK
 
 
-def packed(rows: int, bank_rows: int, dim: int, own: int = 0) -> tuple[int, int]:
-    """(R, P) for A = `rows`, K = `bank_rows`, D = `dim` and `own` rows at the end."""
-    return padded_rows(rows) + padded_rows(bank_rows) + own, padded_dim(dim)
+def packed(rows: int, bank_rows: int, dim: int, rank_rows: int = 0) -> tuple[int, int]:
+    """(R, P) for A = `rows`, K = `bank_rows`, D = `dim` and `rank_rows` more rows at the end."""
+    return padded_rows(rows) + padded_rows(bank_rows) + rank_rows, padded_dim(dim)

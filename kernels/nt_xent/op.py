@@ -85,15 +85,15 @@ def _(
     keys: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     rows, images = x.shape[0] * world, x.shape[0]
-    own = 0 if keys is None else images
+    rank_rows = 0 if keys is None else images
     bank_rows = 0 if bank is None else bank.shape[0]
     single = torch.float64 if x.dtype == torch.float64 else torch.float32
     if implementation == "reference":
-        z, columns = x.new_empty(rows + bank_rows + own, x.shape[1], dtype=single), own or rows
+        z, columns = x.new_empty(rows + bank_rows + rank_rows, x.shape[1], dtype=single), rank_rows or rows
     else:
         from fastsimclr.kernels.nt_xent.layout import packed
 
-        columns, width = packed(rows, bank_rows, x.shape[1], own)
+        columns, width = packed(rows, bank_rows, x.shape[1], rank_rows)
         z = x.new_empty(columns, width, dtype=torch.float16)
 
     def new(*shape: Any, dtype: torch.dtype = single) -> Tensor:
@@ -129,15 +129,15 @@ def nt_xent_backward_op(
     keyed: whether the forward had keys.
     """
     ranks = _group(group)
-    first = 0 if ranks is None else dist.get_rank(ranks) * len(inverse)
+    first_column = 0 if ranks is None else dist.get_rank(ranks) * len(inverse)
     t = temperature if temperature_tensor is None else temperature_tensor
     state = State(z, inverse, column, pull, largest, slope)
     run = _implementation(implementation).backward
     if implementation == "reference":
         with full_precision(z.device):
-            dx, dt = run(upstream, state, t, factor, block_rows, first, dtype, keyed)
+            dx, dt = run(upstream, state, t, factor, block_rows, first_column, dtype, keyed)
     else:
-        dx, dt = run(upstream, state, t, factor, first, dtype, world, dim, bank_rows, keyed)
+        dx, dt = run(upstream, state, t, factor, first_column, dtype, world, dim, bank_rows, keyed)
     return dx, dt
 
 

@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=("rows", "first"))
+@triton.jit(do_not_specialize=("rows", "first_row"))
 def pack(
-    x, z, inverse, positive, rows, first, dim, PAIRED: tl.constexpr, P: tl.constexpr, B: tl.constexpr, E: tl.constexpr
-):
+    x, z, inverse, positive, rows, first_row, dim,
+    PAIRED: tl.constexpr, P: tl.constexpr, B: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
     """z = fp16(x / |x|), 1/|x|, and c_ip of the rounded rows i and i + rows; without PAIRED z alone. E: P's power of 2.
 
     A zero row stays zero with inverse 0; a norm that is not finite makes the row NaN.
@@ -23,7 +24,7 @@ def pack(
     there_BE = (i < rows)[:, None] & (d < dim)[None, :]
     write_BE = (i < rows)[:, None] & (d < P)[None, :]
     source = i.to(tl.int64)[:, None] * dim + d[None, :]
-    target = (first + i.to(tl.int64))[:, None] * P + d[None, :]
+    target = (first_row + i.to(tl.int64))[:, None] * P + d[None, :]
     a_BE, inverse_B = _normalised(x + source, there_BE)
     tl.store(z + target, a_BE, mask=write_BE)
     if PAIRED:
@@ -36,11 +37,11 @@ def pack(
         tl.store(inverse + rows + i, inverse_pair_B, mask=i < rows)
 
 
-@triton.jit(do_not_specialize=("rows", "own", "first"))
+@triton.jit(do_not_specialize=("rows", "first_row", "first_column"))
 def pack_with_keys(
-    x, keys, z, inverse, positive, rows, own, first, dim, P: tl.constexpr, B: tl.constexpr, E: tl.constexpr
+    x, keys, z, inverse, positive, rows, first_row, first_column, dim, P: tl.constexpr, B: tl.constexpr, E: tl.constexpr
 ):  # fmt: skip
-    """As `pack` of rows i and i + rows: x to `own`, their keys to `first`, and c_ip of each row and its pair's key."""
+    """As `pack` of rows i, i + rows: x to `first_row`, keys to `first_column`, c_ip of each row and its pair's key."""
     i = tl.program_id(0) * B + tl.arange(0, B)
     d = tl.arange(0, E)
     there_BE = (i < rows)[:, None] & (d < dim)[None, :]
@@ -49,7 +50,7 @@ def pack_with_keys(
     pair = source + rows.to(tl.int64) * dim
     target = i.to(tl.int64)[:, None] * P + d[None, :]
     pair_target = target + rows.to(tl.int64) * P
-    z_own, z_keys = z + own.to(tl.int64) * P, z + first.to(tl.int64) * P
+    z_own, z_keys = z + first_row.to(tl.int64) * P, z + first_column.to(tl.int64) * P
     a_BE, inverse_B = _normalised(x + source, there_BE)
     b_BE, inverse_pair_B = _normalised(x + pair, there_BE)
     key_BE, _ = _normalised(keys + source, there_BE)

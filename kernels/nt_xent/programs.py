@@ -9,7 +9,7 @@ With a momentum encoder's keys z_j is a key, row p has no part in z_p's gradient
 """
 
 # M rows of this rank    R rows of the packed buffer: all ranks' rows or keys, zeros to the next tile, the bank, zeros;
-# with keys then this rank's rows. first: where this rank's columns are; own: where its rows are
+# with keys then this rank's rows. first_column: where this rank's columns are; first_row: where its rows are
 # B rows of a block      C columns of a tile      D dimensions, P of them with the padding
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -28,7 +28,9 @@ HEADROOM: tl.constexpr = tl.constexpr(14.0)
 MOST_SCALE: tl.constexpr = tl.constexpr(60.0)
 """log2 of the largest factor: e_ij times it stays within float32."""
 
-SIZES = ("m", "half", "own", "first", "columns", "bank_start", "bank_stop", "splits", "tiles", "bank_tiles")
+SIZES = (
+    "m", "half", "first_row", "first_column", "columns", "bank_start", "bank_stop", "splits", "tiles", "bank_tiles"
+)  # fmt: skip
 """Numbers that vary from call to call: no program is compiled anew for their multiples of 16 or for 1."""
 
 
@@ -82,7 +84,7 @@ def _cosines(
 @triton.jit(do_not_specialize=SIZES)
 def forward(
     z, positive, temperature, total, count, peak, slope,
-    k, m, half, own, first, columns, bank_start, bank_stop, splits, tiles, bank_tiles,
+    k, m, half, first_row, first_column, columns, bank_start, bank_stop, splits, tiles, bank_tiles,
     ONLINE: tl.constexpr, P: tl.constexpr, B: tl.constexpr, C: tl.constexpr, DEEP: tl.constexpr, Q: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -93,14 +95,14 @@ def forward(
     k = _factor(temperature, k, ONLINE)
     i = tl.program_id(0) * B + tl.arange(0, B)
     i = tl.minimum(i, m - 1)
-    itself_B = first + i
-    positive_B = first + tl.where(i < half, i + half, i - half)
+    itself_B = first_column + i
+    positive_B = first_column + tl.where(i < half, i + half, i - half)
     c_ip = tl.load(positive + i)
     bound_B = c_ip - TIE
-    row = first + tl.program_id(0) * B
+    row = first_column + tl.program_id(0) * B
     start, stop, limit = _columns(columns, bank_start, bank_stop, splits, tiles, bank_tiles, C)
     d = tl.arange(0, Q)
-    z_I = z + (own + i).to(tl.int64)[:, None] * P + d[None, :]
+    z_I = z + (first_row + i).to(tl.int64)[:, None] * P + d[None, :]
     z_J = z + start.to(tl.int64) * P + tl.arange(0, C)[:, None] * P + d[None, :]
     left_BD = tl.load(z_I)
     total_B = tl.zeros((B,), tl.float32)
@@ -136,10 +138,10 @@ def forward(
         tl.store(slope + at, slope_B, mask=i < m)
 
 
-@triton.jit(do_not_specialize=("m", "parts"))
+@triton.jit(do_not_specialize=("m", "all_splits"))
 def finish_forward(
     total, count, peak, slope, positive, weights, temperature, column, pull, sums,
-    k, m, parts, ONLINE: tl.constexpr, WEIGHTED: tl.constexpr, B: tl.constexpr,
+    k, m, all_splits, ONLINE: tl.constexpr, WEIGHTED: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Adds the splits up. Per row w_i A_i or l_i (column) and w_i q_i (pull); per block the sums that `totals` adds.
 
@@ -155,11 +157,11 @@ def finish_forward(
     reference_B = tl.zeros((B,), tl.float32) + k
     if ONLINE:
         reference_B = c_ip * k
-        for part in range(parts):
-            at = tl.cast(part, tl.int64) * m + i
+        for split in range(all_splits):
+            at = tl.cast(split, tl.int64) * m + i
             reference_B = tl.maximum(reference_B, tl.load(peak + at, mask=there, other=0.0))
-    for part in range(parts):
-        at = tl.cast(part, tl.int64) * m + i
+    for split in range(all_splits):
+        at = tl.cast(split, tl.int64) * m + i
         rank_B += tl.load(count + at, mask=there, other=0.0)
         some_B = tl.load(total + at, mask=there, other=0.0)
         if ONLINE:
@@ -230,7 +232,7 @@ def _scale(largest):
 @triton.jit(do_not_specialize=SIZES)
 def backward(
     z, column, temperature, largest, partial,
-    k, m, half, own, first, columns, bank_start, bank_stop, splits, tiles, bank_tiles,
+    k, m, half, first_row, first_column, columns, bank_start, bank_stop, splits, tiles, bank_tiles,
     ONLINE: tl.constexpr, P: tl.constexpr, B: tl.constexpr, C: tl.constexpr, DEEP: tl.constexpr, Q: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -239,13 +241,13 @@ def backward(
     scale = _scale(largest)
     i = tl.program_id(0) * B + tl.arange(0, B)
     i = tl.minimum(i, m - 1)
-    itself_B = first + i
-    positive_B = first + tl.where(i < half, i + half, i - half)
-    column_B = tl.load(column + own + i)
-    row = first + tl.program_id(0) * B
+    itself_B = first_column + i
+    positive_B = first_column + tl.where(i < half, i + half, i - half)
+    column_B = tl.load(column + first_row + i)
+    row = first_column + tl.program_id(0) * B
     start, stop, limit = _columns(columns, bank_start, bank_stop, splits, tiles, bank_tiles, C)
     d = tl.arange(0, Q)
-    z_I = z + (own + i).to(tl.int64)[:, None] * P + d[None, :]
+    z_I = z + (first_row + i).to(tl.int64)[:, None] * P + d[None, :]
     z_J = z + start.to(tl.int64) * P + tl.arange(0, C)[:, None] * P + d[None, :]
     out = tl.program_id(2) * Q
     left_BD = tl.load(z_I)
@@ -268,10 +270,10 @@ def backward(
     tl.store(partial + at, dz_BD, mask=(i < m)[:, None])
 
 
-@triton.jit(do_not_specialize=("m", "half", "own", "first", "parts"))
+@triton.jit(do_not_specialize=("m", "half", "first_row", "first_column", "all_splits"))
 def finish_backward(
     partial, z, inverse, pull, temperature, largest, upstream, dx,
-    k, factor, m, half, own, first, dim, parts,
+    k, factor, m, half, first_row, first_column, dim, all_splits,
     ONLINE: tl.constexpr, KEYED: tl.constexpr, P: tl.constexpr, B: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """dx = (dz - z (z dz) / (z z)) upstream factor / (M t |x|), where dz sums the splits and the positive's pull.
@@ -284,11 +286,13 @@ def finish_backward(
     p = tl.where(i < half, i + half, i - half)
     there_BE = (i < m)[:, None] & (d < P)[None, :]
     dz_BE = tl.zeros((B, E), tl.float32)
-    for part in range(parts):
-        at = (tl.cast(part, tl.int64) * m + i)[:, None] * P + d[None, :]
+    for split in range(all_splits):
+        at = (tl.cast(split, tl.int64) * m + i)[:, None] * P + d[None, :]
         dz_BE += tl.load(partial + at, mask=there_BE, other=0.0)
-    z_i = tl.load(z + (own + i).to(tl.int64)[:, None] * P + d[None, :], mask=there_BE, other=0.0).to(tl.float32)
-    z_p = tl.load(z + (first + p).to(tl.int64)[:, None] * P + d[None, :], mask=there_BE, other=0.0).to(tl.float32)
+    z_i = tl.load(z + (first_row + i).to(tl.int64)[:, None] * P + d[None, :], mask=there_BE, other=0.0).to(tl.float32)
+    z_p = tl.load(
+        z + (first_column + p).to(tl.int64)[:, None] * P + d[None, :], mask=there_BE, other=0.0
+    ).to(tl.float32)  # fmt: skip
     pull_B = tl.load(pull + i, mask=i < m, other=0.0)
     if not KEYED:
         pull_B += tl.load(pull + p, mask=i < m, other=0.0)

@@ -4,7 +4,7 @@ s_ij = z_i z_j / t is kept less 1/t, its largest value.
 """
 
 # M rows of this rank, both views    N = M / 2 images    D dimensions    C columns: rows of all ranks, or of the bank
-# B rows of a block    first: this rank's first row, or key, among the columns; None where the columns are the bank
+# B rows of a block    first_column: this rank's first row, or key, among the columns; None where those are the bank
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def maximum_is_fixed(temperature: float | Tensor) -> bool:
 
 
 def row_statistics_of_all(
-    z_MD: Tensor, z_CD: Tensor, bound_M: Tensor, first: int | None, temperature: float | Tensor, rows: int
+    z_MD: Tensor, z_CD: Tensor, bound_M: Tensor, first_column: int | None, temperature: float | Tensor, rows: int
 ) -> tuple[Tensor, Tensor]:
     """Per row: log of the sum of exp(s - 1/t) over its negatives, and how many of the C lie below its bound.
 
@@ -37,7 +37,7 @@ def row_statistics_of_all(
     buffer, flags = z_CD.new_empty(min(rows, m) * len(z_CD)), z_CD.new_empty(min(rows, m) * len(z_CD))
     for start in range(0, m, rows):
         stop = min(start + rows, m)
-        s_BC = _similarities(z_MD, z_CD, first, start, stop, temperature, buffer)
+        s_BC = _similarities(z_MD, z_CD, first_column, start, stop, temperature, buffer)
         below_BC = flags[: s_BC.numel()].view_as(s_BC)
         below_M[start:stop] = torch.lt(s_BC, bound_M[start:stop, None], out=below_BC).sum(1)
         total_M[start:stop] = s_BC.exp_().sum(1) if fixed else s_BC.logsumexp(1)
@@ -50,7 +50,7 @@ def add_negatives_of_all(
     z_CD: Tensor,
     lse_M: Tensor,
     lse_C: Tensor | None,
-    first: int | None,
+    first_column: int | None,
     temperature: float | Tensor,
     rows: int,
 ) -> None:
@@ -64,7 +64,7 @@ def add_negatives_of_all(
     buffer, weights = z_CD.new_empty(min(rows, m) * len(z_CD)), z_CD.new_empty(min(rows, m) * len(z_CD))
     for start in range(0, m, rows):
         stop = min(start + rows, m)
-        s_BC = _similarities(z_MD, z_CD, first, start, stop, temperature, buffer)
+        s_BC = _similarities(z_MD, z_CD, first_column, start, stop, temperature, buffer)
         w_BC = weights[: s_BC.numel()].view_as(s_BC)
         if fixed:
             s_BC.exp_()
@@ -80,13 +80,19 @@ def add_negatives_of_all(
 
 
 def _similarities(
-    z_MD: Tensor, z_CD: Tensor, first: int | None, start: int, stop: int, temperature: float | Tensor, out: Tensor
+    z_MD: Tensor,
+    z_CD: Tensor,
+    first_column: int | None,
+    start: int,
+    stop: int,
+    temperature: float | Tensor,
+    out: Tensor,
 ) -> Tensor:
     """s - 1/t [B, C] of the rows from `start` to `stop`; the row itself and its positive are -inf."""
     s_BC = scaled_products(z_MD[start:stop], z_CD, temperature, out)
-    if first is not None:
+    if first_column is not None:
         m = len(z_MD)
-        own_BM = s_BC[:, first : first + m]
+        own_BM = s_BC[:, first_column : first_column + m]
         for offset in (start, start + m // 2, start - m // 2):
             own_BM.diagonal(offset).fill_(-math.inf)
     return s_BC

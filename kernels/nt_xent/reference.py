@@ -65,12 +65,12 @@ def forward(
     x_MD = x if x.dtype == torch.float64 else x.float()
     m, n, bank_rows = len(x_MD), len(x_MD) // 2, 0 if bank is None else len(bank)
     world, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
-    first, every = m * rank, m * world
+    first_column, every = m * rank, m * world
     temperature = _checked(temperature, x_MD)
     rows = _rows(block_rows, x.device, max(every, bank_rows))
     columns = every + bank_rows
     z_RD = x_MD.new_empty(columns if keys is None else columns + m, x_MD.shape[1])
-    z_AD, z_KD, own_MD = z_RD[:every], z_RD[every:columns], z_RD[first : first + m]
+    z_AD, z_KD, own_MD = z_RD[:every], z_RD[every:columns], z_RD[first_column : first_column + m]
     z_MD = own_MD if keys is None else z_RD[columns:]
     inverse_M = _normalise(x_MD, z_MD)
     if keys is not None:
@@ -84,7 +84,7 @@ def forward(
     if group is None and keys is None:
         negatives_M, below_M = _row_statistics(z_MD, bound_M, temperature, rows)
     else:
-        negatives_M, below_M = row_statistics_of_all(z_MD, z_AD, bound_M, first, temperature, rows)
+        negatives_M, below_M = row_statistics_of_all(z_MD, z_AD, bound_M, first_column, temperature, rows)
     if bank is not None:
         more_M, below_bank_M = row_statistics_of_all(z_MD, z_KD, bound_M, None, temperature, rows)
         negatives_M, below_M = torch.logaddexp(negatives_M, more_M), below_M + below_bank_M
@@ -109,14 +109,14 @@ def backward(
     temperature: float | Tensor,
     factor: float,
     block_rows: int,
-    first: int,
+    first_column: int,
     dtype: torch.dtype,
     keyed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """dx [2N, D] of `dtype` and dL/dt, a scalar, which is 0 unless the temperature is a tensor."""
     temperature = _checked(temperature, state.z)
     parts = _of_keys if keyed else _of_rows
-    z_MD, dz_MD, radial_M, slope = parts(state, temperature, block_rows, first)
+    z_MD, dz_MD, radial_M, slope = parts(state, temperature, block_rows, first_column)
     m, inverse_M = len(z_MD), state.inverse
     dz_MD -= z_MD * radial_M[:, None]
     # Of W ranks this is W times the gradient of the mean over all rows, which DDP's average makes exact.
@@ -127,20 +127,20 @@ def backward(
 
 
 def _of_rows(
-    state: State, temperature: float | Tensor, block_rows: int, first: int
+    state: State, temperature: float | Tensor, block_rows: int, first_column: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """z [M, D] of the own rows, M t dL/dz, z dz [M] and -M t^2 dL/dt, where rows and columns are the same vectors."""
     z_RD, lse_A, pull_M = state.z, state.column, state.pull
     m, n, every = len(pull_M), len(pull_M) // 2, len(lse_A)
-    z_MD, z_AD, z_KD = z_RD[first : first + m], z_RD[:every], z_RD[every:]
+    z_MD, z_AD, z_KD = z_RD[first_column : first_column + m], z_RD[:every], z_RD[every:]
     rows = _rows(block_rows, z_RD.device, max(every, len(z_KD)))
     pull_N1 = (pull_M[:n] + pull_M[n:])[:, None]
     dz_MD = torch.cat((z_MD[n:] * -pull_N1, z_MD[:n] * -pull_N1))
-    lse_M = lse_A[first : first + m]
+    lse_M = lse_A[first_column : first_column + m]
     if every == m:
         _add_negatives(dz_MD, z_MD, lse_A, temperature, rows)
     else:
-        add_negatives_of_all(dz_MD, z_MD, z_AD, lse_M, lse_A, first, temperature, rows)
+        add_negatives_of_all(dz_MD, z_MD, z_AD, lse_M, lse_A, first_column, temperature, rows)
     radial_M = (z_MD * dz_MD).sum(1)
     slope = radial_M.sum() / 2
     if len(z_KD):
@@ -152,14 +152,14 @@ def _of_rows(
 
 
 def _of_keys(
-    state: State, temperature: float | Tensor, block_rows: int, first: int
+    state: State, temperature: float | Tensor, block_rows: int, first_column: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As _of_rows, where the columns, keys of all ranks and bank, are no rows."""
     m, n = len(state.pull), len(state.pull) // 2
     z_CD, z_MD = state.z[:-m], state.z[-m:]
     rows = _rows(block_rows, z_CD.device, len(z_CD))
-    dz_MD = z_CD[first : first + m].roll(n, 0) * -state.pull[:, None]
-    add_negatives_of_all(dz_MD, z_MD, z_CD, state.column, None, first, temperature, rows)
+    dz_MD = z_CD[first_column : first_column + m].roll(n, 0) * -state.pull[:, None]
+    add_negatives_of_all(dz_MD, z_MD, z_CD, state.column, None, first_column, temperature, rows)
     radial_M = (z_MD * dz_MD).sum(1)
     return z_MD, dz_MD, radial_M, radial_M.sum()
 

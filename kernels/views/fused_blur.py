@@ -27,16 +27,16 @@ def _gaussian(distance, slope, RADIUS: tl.constexpr):
 
 @triton.jit
 def _weights(
-    pixel, first, place, slope, scratch,
+    pixel, origin, offset, slope, scratch,
     SIZE: tl.constexpr, RADIUS: tl.constexpr, SIDE: tl.constexpr, TORCHVISION: tl.constexpr,
 ):  # fmt: skip
-    """How much of a pixel goes to first + place, in the type of the scratch memory.
+    """How much of a pixel goes to origin + offset, in the type of the scratch memory.
 
     A pixel counts once more for each mirror image of it that is near, at the first and at the last pixel of the axis.
     """
-    at = first + place
+    at = origin + offset
     weight = _gaussian(pixel - at, slope, RADIUS)
-    if TORCHVISION and ((first < RADIUS) | (first + SIDE + RADIUS > SIZE)):
+    if TORCHVISION and ((origin < RADIUS) | (origin + SIDE + RADIUS > SIZE)):
         before = tl.where(pixel > 0, _gaussian(pixel + at, slope, RADIUS), 0.0)
         after = tl.where(pixel < SIZE - 1, _gaussian(2 * (SIZE - 1) - pixel - at, slope, RADIUS), 0.0)
         weight = tl.where((pixel >= 0) & (pixel < SIZE), weight + before + after, 0.0)

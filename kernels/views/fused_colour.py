@@ -103,10 +103,10 @@ def cos_sin(turns):
 
 
 @triton.jit
-def _normals(key, place):
-    """Three standard normals of a pixel: Philox4x32-10 of (key, 0) and (place, 0, 0, 0), then Box-Muller."""
-    zero = place * 0
-    w0, w1, w2, w3 = tl.philox(key.to(tl.uint32, bitcast=True), place, zero, zero, zero)
+def _normals(key, pixel):
+    """Three standard normals of pixel number `pixel`: Philox4x32-10 of (key, 0), (pixel, 0, 0, 0), then Box-Muller."""
+    zero = pixel * 0
+    w0, w1, w2, w3 = tl.philox(key.to(tl.uint32, bitcast=True), pixel, zero, zero, zero)
     u0 = ((w0 >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
     u1 = ((w1 >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
     u2 = ((w2 >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08

@@ -48,11 +48,11 @@ def window(
 
 
 @triton.jit
-def _axis(place, length, SIZE: tl.constexpr, TORCHVISION: tl.constexpr):
-    """The first pixel that the output pixels at `place` look at, and its distance from where they lie."""
+def _axis(position, length, SIZE: tl.constexpr, TORCHVISION: tl.constexpr):
+    """The first pixel that the output pixels at `position` look at, and its distance from where they lie."""
     if TORCHVISION:
-        # The centre (place + .5) length / SIZE as a whole and a part, so that wide images lose no digits.
-        twice = (2 * place + 1) * length
+        # The centre (position + .5) length / SIZE as a whole and a part, so that wide images lose no digits.
+        twice = (2 * position + 1) * length
         whole = twice // (2 * SIZE)
         part = (twice - whole * (2 * SIZE)).to(tl.float32) / (2 * SIZE)
         shift = tl.floor(part + 0.5 - tl.maximum(length.to(tl.float32) / SIZE, 1.0))
@@ -63,7 +63,7 @@ def _axis(place, length, SIZE: tl.constexpr, TORCHVISION: tl.constexpr):
     else:
         # float64, as a float32 product would be fused with the difference and not be rounded as TensorFlow's is.
         scale = tl.div_rn(length.to(tl.float32), SIZE * 1.0)
-        at = (place.to(tl.float64) * scale.to(tl.float64)).to(tl.float32)
+        at = (position.to(tl.float64) * scale.to(tl.float64)).to(tl.float32)
         whole = tl.floor(at)
         # Adding 1.5 * 2^23 rounds to a whole number, halves to even.
         offset = ((at - whole) * 1024.0 + 12582912.0 - 12582912.0) * 0.0009765625
@@ -80,9 +80,9 @@ def _taps(length, SIZE: tl.constexpr, TORCHVISION: tl.constexpr):
 
 
 @triton.jit
-def _tap(first, distance, tap, length, slope, TORCHVISION: tl.constexpr):
+def _tap(first_pixel, distance, tap, length, slope, TORCHVISION: tl.constexpr):
     """The weight and the place of a tap: a triangle inside the crop, or Keys' cubic (a = -.75) with edges repeated."""
-    at, away = first + tap, tl.abs(distance + tap)
+    at, away = first_pixel + tap, tl.abs(distance + tap)
     if TORCHVISION:
         return tl.maximum(1.0 - away * slope, 0.0), at
     else:

@@ -76,8 +76,8 @@ def ffcv_batches(job: DecodeJob) -> Generator[Batch]:
         given.close()
 
 
-def _cut_natively(job: DecodeJob, found: Screened, k: int, boxes: list[list[int]], cuts: Pixels) -> None:
-    owner = int(found.owners[k])
+def _cut_natively(job: DecodeJob, batch: Screened, k: int, boxes: list[list[int]], cuts: Pixels) -> None:
+    owner = int(batch.owners[k])
     if (pixels := job.reader.read(owner)) is None:
         raise DataError(
             f"{job.reader.damage.bad[owner]}; it was sound at its first visit, so the file changed meanwhile"

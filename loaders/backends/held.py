@@ -141,21 +141,21 @@ def _unnamed() -> tuple[int, str]:
 
 
 def decode_into(
-    room: Room, reader: Reader, part: range, threads: int, progress: Callable[[int, int], None] | None
+    room: Room, reader: Reader, ids: range, threads: int, progress: Callable[[int, int], None] | None
 ) -> tuple[Tensor, Tensor]:
-    """Decode the images of `part` into `room`: (sizes int32 [p, 2], where each begins int64 [p]), 0 where damaged.
+    """Decode images `ids` into `room`: (sizes int32 [p, 2], where each begins int64 [p]), 0 where damaged.
 
     progress: called with (images done, p).
     """
-    sizes = torch.zeros((len(part), 2), dtype=torch.int32)
-    offsets = torch.zeros(len(part), dtype=torch.int64)
+    sizes = torch.zeros((len(ids), 2), dtype=torch.int32)
+    offsets = torch.zeros(len(ids), dtype=torch.int64)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="resident")
 
     def decode(start: int) -> list[Pixels | None]:
-        return [reader.read(index) for index in part[start : start + CHUNK]]
+        return [reader.read(index) for index in ids[start : start + CHUNK]]
 
     done = 0
-    with ahead(pool, (pool.submit(decode, k) for k in range(0, len(part), CHUNK)), 2 * threads - 1) as chunks:
+    with ahead(pool, (pool.submit(decode, k) for k in range(0, len(ids), CHUNK)), 2 * threads - 1) as chunks:
         for chunk in chunks:
             pixels = chunk.result()
             sound = [k for k, found in enumerate(pixels, done) if found is not None]
@@ -165,7 +165,7 @@ def decode_into(
                 offsets[sound] = torch.tensor(room.put(readable))
             done += len(pixels)
             if progress:
-                progress(done, len(part))
+                progress(done, len(ids))
     return sizes, offsets
 
 

@@ -128,10 +128,10 @@ class Resident:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Placement:
     """Where a source is to be held, the same on all ranks. why: which loader serves it and for what reason, in words.
 
-    parts: how many ranks decode it together, 0 where it is not held. expected: bytes of it decoded, as estimated.
+    decoding_ranks: how many ranks decode it together, 0 where it is not held. expected: its bytes decoded, estimated.
     room: the memory that the ranks of a machine share, if they do; else each has its own.
     """
 
@@ -139,7 +139,7 @@ class Place:
     config: DataConfig
     device: torch.device
     peers: Peers
-    parts: int
+    decoding_ranks: int
     expected: int
     why: str
     room: HostRoom | None = None
@@ -150,13 +150,13 @@ class Place:
         progress: called with (images done, images of this rank). DataError, on every rank that decodes with another,
         where too much is damaged or memory is used up.
         """
-        if not self.parts:
+        if not self.decoding_ranks:
             return None
         n, rank = len(self.source), self.peers.rank
-        bounds = np.array([n * part // self.parts for part in range(self.parts + 1)])
-        share = self.expected if self.parts == 1 else int(HEADROOM * self.expected) // self.parts
+        bounds = np.array([n * part // self.decoding_ranks for part in range(self.decoding_ranks + 1)])
+        share = self.expected if self.decoding_ranks == 1 else int(HEADROOM * self.expected) // self.decoding_ranks
         room: Room = self.room or DeviceRoom(self.device, share)
-        part = rank % self.parts
+        part = rank % self.decoding_ranks
         damage = Damage(self.source.name, n, self.config.max_bad_fraction)
         tables = self._decoded(room, range(bounds[part], bounds[part + 1]), damage, progress)
         owners = _stand_ins(n, damage.bad)
@@ -166,12 +166,12 @@ class Place:
         heights, widths = sizes[:, 0].contiguous(), sizes[:, 1].contiguous()
         images = Ragged(buffer=room.filled(), offsets=offsets, heights=heights, widths=widths).to(self.device)
         shards = None
-        if self.parts > 1 and self.room is None:
+        if self.decoding_ranks > 1 and self.room is None:
             shards = Shards(
                 self.peers,
-                self.parts,
+                self.decoding_ranks,
                 images.buffer,
-                parts=np.searchsorted(bounds, owners.numpy(), side="right") - 1,
+                shard_index=np.searchsorted(bounds, owners.numpy(), side="right") - 1,
                 offsets=offsets.numpy(),
                 heights=heights.long().numpy(),
                 widths=widths.long().numpy(),
@@ -179,7 +179,7 @@ class Place:
         return Resident(self.source, images, sizes, labels, damage, shards)
 
     def _decoded(
-        self, room: Room, part: range, damage: Damage, progress: Callable[[int, int], None] | None
+        self, room: Room, ids: range, damage: Damage, progress: Callable[[int, int], None] | None
     ) -> list[tuple[Tensor, Tensor]]:
         """(sizes, offsets) of each of the ranks that decode together; what is damaged on any rank goes to `damage`."""
         reader = Reader(self.source, damage, self.config.max_pixels)
@@ -187,12 +187,12 @@ class Place:
         failure: Exception | None = None
         threads = thread_count(self.config.threads)
         if self.peers.world == 1:
-            return [decode_into(room, reader, part, threads, progress)]
+            return [decode_into(room, reader, ids, threads, progress)]
         try:
-            mine = decode_into(room, reader, part, threads, progress)
+            mine = decode_into(room, reader, ids, threads, progress)
         except Exception as error:  # raised below: the others wait for this rank, and are to hear of it
             failure = error
-        told = mine if self.parts > 1 else None  # where each holds all, its own table does
+        told = mine if self.decoding_ranks > 1 else None  # where each holds all, its own table does
         said = self.peers.gather((told, damage.bad, None if failure is None else str(failure)))
         damage.merge(*(bad for _, bad, _ in said))
         if failure is not None:
@@ -200,11 +200,11 @@ class Place:
         for rank, (_, _, text) in enumerate(said):
             if text is not None:
                 raise DataError(f"rank {rank}, while decoding {self.source.name}: {text}")
-        if self.parts == 1:
+        if self.decoding_ranks == 1:
             assert mine is not None  # or there is a failure
             return [mine]
-        first = self.peers.rank - self.peers.rank % self.parts
-        return [table for table, _, _ in said[first : first + self.parts] if table is not None]
+        first = self.peers.rank - self.peers.rank % self.decoding_ranks
+        return [table for table, _, _ in said[first : first + self.decoding_ranks] if table is not None]
 
 
 def _stand_ins(n: int, bad: dict[int, str]) -> Tensor:
@@ -215,20 +215,20 @@ def _stand_ins(n: int, bad: dict[int, str]) -> Tensor:
     return owners
 
 
-def choose_place(source: Source, config: DataConfig, device: torch.device, peers: Peers = ALONE) -> Place:
+def choose_placement(source: Source, config: DataConfig, device: torch.device, peers: Peers = ALONE) -> Placement:
     """Where `source` is to be held by `peers`, each of which has a `device` of its own and calls this.
 
     The limit is data.resident_gib, or half of the free memory where that is least: of a device, or of a machine for
     ranks on CPUs. DataError where data.loader=resident and it does not fit.
     """
 
-    def place(parts: int, why: str, room: HostRoom | None = None) -> Place:
-        return Place(
+    def placement(decoding_ranks: int, why: str, room: HostRoom | None = None) -> Placement:
+        return Placement(
             source=source,
             config=config,
             device=device,
             peers=peers,
-            parts=parts,
+            decoding_ranks=decoding_ranks,
             expected=needed,
             why=why,
             room=room,
@@ -236,20 +236,20 @@ def choose_place(source: Source, config: DataConfig, device: torch.device, peers
 
     needed = 0
     if config.loader not in ("auto", "resident"):
-        return place(0, config.loader)
+        return placement(0, config.loader)
     if not len(source):
-        return place(0, "native: no image to hold")
+        return placement(0, "native: no image to hold")
     # Shards that do not fit their cache are not fetched to learn their images' sizes.
     needed = _estimate(source, config.max_pixels) if source.whole_fits else 2**63
     answers = peers.gather((needed, free_bytes(device)))
     needed = max(answer[0] for answer in answers)
     limit = int(config.resident_gib * GIB) or min(answer[1] for answer in answers) // 2
     shared = device.type == "cpu"
-    parts, where = _layout(needed, limit, shared, peers.world, peers.local_world)
+    decoding_ranks, where = _layout(needed, limit, shared, peers.world, peers.local_world)
     size = f"{_amount(needed)} decoded" if needed < 2**63 else "more than its cache"
     bound = f"the limit of {_amount(limit)} a {'machine' if shared else 'device'}"
-    room, reason = None, "" if parts else f"{source.name} takes {size}, over {bound}{where}"
-    if shared and parts > 1:
+    room, reason = None, "" if decoding_ranks else f"{source.name} takes {size}, over {bound}{where}"
+    if shared and decoding_ranks > 1:
         try:
             room = HostRoom(peers, config.max_pixels)
         except DataError as error:
@@ -257,9 +257,9 @@ def choose_place(source: Source, config: DataConfig, device: torch.device, peers
     if reason and config.loader == "resident":
         raise DataError(f"data.loader=resident, but {reason}; use auto or raise data.resident_gib")
     return (
-        place(0, f"native, not resident: {reason}")
+        placement(0, f"native, not resident: {reason}")
         if reason
-        else place(parts, f"resident{where}: {size}, {bound}", room)
+        else placement(decoding_ranks, f"resident{where}: {size}, {bound}", room)
     )
 
 

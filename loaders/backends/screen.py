@@ -87,7 +87,7 @@ def screened(job: DecodeJob, *, data: bool) -> Generator[Screened]:
     pool = ThreadPoolExecutor(job.threads, thread_name_prefix="decode")
     screen = _Screen(job, data)
     with ahead(pool, (_Look(screen, pool, epochs, ids) for epochs, ids in job.plan()), AHEAD) as looks:
-        for found in map(_Look.found, looks):
+        for found in map(_Look.result, looks):
             if len(found.ids):
                 yield found
 
@@ -148,7 +148,7 @@ class _Look:
         looks = [self._screen.look(row, int(self._ids[row])) for row in range(start, stop)]
         return [look for look in looks if look is not None]
 
-    def found(self) -> Screened:
+    def result(self) -> Screened:
         looks = [look for task in self._tasks for look in task.result()]
         rows = np.array([row for row, _, _ in looks], dtype=np.int64)
         owners = np.array([owner for _, owner, _ in looks], dtype=np.int64)

@@ -75,15 +75,15 @@ class Alone:
 class Shards:
     """n images in P parts: ranks 0 .. P - 1 hold them all, one part each, and so do the next P, if there are more.
 
-    buffer: uint8, this rank's part, on its device. For each of the n ids, where its pixels are: parts and offsets,
-    int64 [n], and heights and widths in pixels, int64 [n].
+    buffer: uint8, this rank's part, on its device. For each of the n ids, int64 [n]: shard_index, the part with its
+    pixels; offsets, the byte where they begin there; heights and widths in pixels.
     """
 
     def __init__(
-        self, peers: Peers, count: int, buffer: Tensor, *, parts: Ints, offsets: Ints, heights: Ints, widths: Ints
+        self, peers: Peers, count: int, buffer: Tensor, *, shard_index: Ints, offsets: Ints, heights: Ints, widths: Ints
     ) -> None:
         self.peers, self.count, self.buffer = peers, count, buffer
-        self._parts, self._offsets, self._heights, self._widths = parts, offsets, heights, widths
+        self._shard_index, self._offsets, self._heights, self._widths = shard_index, offsets, heights, widths
         self._bytes = 3 * heights * widths
         self._thread = threading.get_ident()
 
@@ -117,7 +117,7 @@ class Shards:
 
     def _holders(self, rank: int, ids: Ints) -> Ints:
         """The rank that `rank` gets each of `ids` from."""
-        return rank - rank % self.count + self._parts[ids]
+        return rank - rank % self.count + self._shard_index[ids]
 
     def _rows(self, buffer: Tensor, offsets: Ints, ids: Ints) -> Ragged:
         table = torch.from_numpy(np.stack([offsets, self._heights[ids], self._widths[ids]]))

@@ -140,16 +140,16 @@ def _take(source: Source, partial: Partial, packing: Packing, index: int, result
 
 
 def _converted(
-    source: Source, names: Sequence[str], packing: Packing, first: int
+    source: Source, names: Sequence[str], packing: Packing, first_image: int
 ) -> Iterator[tuple[int, Stored | DataError]]:
-    """(id, the stored image or why it is left out) from image `first` on, in the order of the ids, by many threads."""
+    """(id, the stored image or why it is left out) from `first_image` on, in the order of the ids, by many threads."""
 
     def convert(start: int) -> list[Stored | DataError]:
         ids = range(start, min(start + CHUNK, len(source)))
         return [_stored(source, index, names[index], packing.recoding) for index in ids]
 
     pool = ThreadPoolExecutor(packing.threads, thread_name_prefix="pack")
-    begun = ((start, pool.submit(convert, start)) for start in range(first, len(source), CHUNK))
+    begun = ((start, pool.submit(convert, start)) for start in range(first_image, len(source), CHUNK))
     with ahead(pool, begun, 2 * packing.threads) as chunks:
         for start, chunk in chunks:
             yield from enumerate(chunk.result(), start)

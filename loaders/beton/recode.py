@@ -63,16 +63,16 @@ class Stored:
     way: Way
 
 
-def recode(data: bytes | Pixels, what: str, rules: Recoding) -> Stored:
+def recode(data: bytes | Pixels, name: str, rules: Recoding) -> Stored:
     """The image `data` (a file, or uint8 [H, W, 3]) as it is to be stored. DataError, as `decode`, where it is damaged.
 
     Every file is decoded once, strictly, so that what is stored can be read.
     """
     file = data if isinstance(data, bytes) else None
-    pixels = data if not isinstance(data, bytes) else decode(data, what, rules.max_pixels)
+    pixels = data if not isinstance(data, bytes) else decode(data, name, rules.max_pixels)
     height, width = pixels.shape[:2]
     if file is None and height * width > rules.max_pixels:
-        raise DataError(f"{what} has {height} x {width} pixels, over max_pixels={rules.max_pixels}; raise it")
+        raise DataError(f"{name} has {height} x {width} pixels, over max_pixels={rules.max_pixels}; raise it")
     shrunk = shrink(pixels, rules.short_side)
     rows, columns = shrunk.shape[:2]
     way: Way = "pixels" if shrunk is pixels else "shrunk"
@@ -82,13 +82,13 @@ def recode(data: bytes | Pixels, what: str, rules: Recoding) -> Stored:
     _, _, colours, subsampling = simplejpeg.decode_jpeg_header(jpeg) if jpeg else (0, 0, "", "420")
     grey = colours == "Gray"
     if shrunk is not pixels:
-        return Stored(encode(shrunk, rules.quality, grey, "420", what), rows, columns, False, "shrunk")
+        return Stored(encode(shrunk, rules.quality, grey, "420", name), rows, columns, False, "shrunk")
     if jpeg is not None and colours in ("Gray", "YCbCr"):
         kept = _keep(jpeg, pixels)
         if kept is not None:
             return Stored(kept[0], height, width, False, kept[1])
     finer = subsampling if subsampling in ("444", "422", "440") else "420"
-    return Stored(encode(pixels, rules.quality, grey, finer, what), height, width, False, "re-encoded")
+    return Stored(encode(pixels, rules.quality, grey, finer, name), height, width, False, "re-encoded")
 
 
 def shrink(pixels: Pixels, short_side: int | None) -> Pixels:
@@ -101,14 +101,14 @@ def shrink(pixels: Pixels, short_side: int | None) -> Pixels:
     return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
 
-def encode(pixels: Pixels, quality: int, grey: bool, subsampling: str, what: str) -> bytes:
+def encode(pixels: Pixels, quality: int, grey: bool, subsampling: str, name: str) -> bytes:
     """A baseline JPEG of uint8 [H, W, 3]; of the first channel alone where `grey`. DataError over 65,500 a side."""
     plane, space, chroma = (pixels[:, :, :1], "GRAY", "Gray") if grey else (pixels, "RGB", subsampling)
     try:
         data: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(plane), quality, space, chroma)
     except ValueError as error:
         height, width = pixels.shape[:2]
-        raise DataError(f"{what}, {height} x {width} pixels, cannot be a JPEG: {error}; shrink it") from error
+        raise DataError(f"{name}, {height} x {width} pixels, cannot be a JPEG: {error}; shrink it") from error
     return data
 
 

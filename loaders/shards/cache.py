@@ -172,13 +172,13 @@ class ShardCache:
             if keep:
                 os.close(fd)
 
-    def _make_room(self, remote: Remote | None, part: Path | None, ahead: bool) -> None:
-        """Give up what was not used for longest, until `remote` fits; its own `part` does not count."""
+    def _make_room(self, remote: Remote | None, partial: Path | None, ahead: bool) -> None:
+        """Give up what was not used for longest, until `remote` fits; its own `partial` file does not count."""
         if not self.limit:
             return
         with open(self.folder / ".lock", "a") as lock:
             _lock(lock.fileno(), fcntl.LOCK_EX, self.folder)
-            entries = sorted(self._entries(part))
+            entries = sorted(self._entries(partial))
             excess = sum(size for _, size, _ in entries) + (remote.size if remote else 0) - self.limit
             for _, size, path in entries:
                 if excess > 0 and _give_up(path):

@@ -58,7 +58,7 @@ def label_member(label_key: str | None) -> tuple[str, tuple[str, ...]]:
     return extension, tuple(fields)
 
 
-def scan_shard(fd: int, size: int, what: str, label_key: str | None = None) -> ShardIndex:
+def scan_shard(fd: int, size: int, location: str, label_key: str | None = None) -> ShardIndex:
     """The samples of the tar of `size` bytes behind `fd`: members that agree up to the first dot of their base name.
 
     A sample is KEY.jpg, .jpeg, .png or .webp, any case, with the label that `label_key` names; its members need not be
@@ -70,28 +70,28 @@ def scan_shard(fd: int, size: int, what: str, label_key: str | None = None) -> S
     images: dict[str, Member] = {}
     labels: dict[str, RawLabel] = {}
     keys: dict[str, None] = {}
-    for member in members(fd, size, what):
+    for member in members(fd, size, location):
         folder, slash, base = member.name.removeprefix("./").rpartition("/")
         if base.startswith(".") or member.kind == "other" or not base:
             continue
-        first, _, ending = base.partition(".")
-        key, ending = folder + slash + first, ending.lower()
+        stem, _, ending = base.partition(".")
+        key, ending = folder + slash + stem, ending.lower()
         keys[key] = None
         if ending not in IMAGES and ending != extension:
             continue
         if member.kind == "link":
-            raise DataError(f"{what}: {member.name} is a link; pack the files themselves (tar --dereference)")
+            raise DataError(f"{location}: {member.name} is a link; pack the files themselves (tar --dereference)")
         if ending in IMAGES:
             if key in images:
                 raise DataError(
-                    f"{what}: {member.name} is the second image of its key, after {images[key].name}; keep one a key,"
-                    " and write a dot only before the extension"
+                    f"{location}: {member.name} is the second image of its key, after {images[key].name}; keep one a"
+                    " key, and write a dot only before the extension"
                 )
             images[key] = member
         else:
             if key in labels:
-                raise DataError(f"{what}: {member.name} is the second label of its key; keep one")
-            labels[key] = _label(fd, member, fields, what)
+                raise DataError(f"{location}: {member.name} is the second label of its key; keep one")
+            labels[key] = _label(fd, member, fields, location)
     found = list(images.values())
     return ShardIndex(
         members=[member.name for member in found],
@@ -103,8 +103,8 @@ def scan_shard(fd: int, size: int, what: str, label_key: str | None = None) -> S
     )
 
 
-def _label(fd: int, member: Member, fields: tuple[str, ...], what: str) -> RawLabel:
-    where = f"{what}: {member.name}"
+def _label(fd: int, member: Member, fields: tuple[str, ...], location: str) -> RawLabel:
+    where = f"{location}: {member.name}"
     if member.size > _LARGEST_LABEL:
         raise DataError(f"{where} has {member.size} bytes, too many for a label; correct data.label_key")
     try:
@@ -126,17 +126,17 @@ def _label(fd: int, member: Member, fields: tuple[str, ...], what: str) -> RawLa
 class IndexFile:
     """An index.json: label_key as `label_member` takes it, the names of the class numbers or None, and the shards.
 
-    place: its path or URL. shards: {base name: (bytes, hex SHA-256, samples)}.
+    location: its path or URL. shards: {base name: (bytes, hex SHA-256, samples)}.
     """
 
-    place: str
+    location: str
     label_key: str
     classes: tuple[str, ...] | None
     shards: dict[str, tuple[int, str, ShardIndex]]
 
 
-def read_index(data: bytes, what: str) -> IndexFile:
-    """The index.json at `what`, a path or URL. Raises DataError for anything but what `dump_index` writes."""
+def read_index(data: bytes, location: str) -> IndexFile:
+    """The index.json at `location`, a path or URL. Raises DataError for anything but what `dump_index` writes."""
     try:
         whole = json.loads(data)
         if whole["format"] != FORMAT:
@@ -150,10 +150,10 @@ def read_index(data: bytes, what: str) -> IndexFile:
             for row in whole["shards"]
         }
         classes = None if names is None else tuple(names)
-        return IndexFile(place=what, label_key=whole["label_key"], classes=classes, shards=shards)
+        return IndexFile(location=location, label_key=whole["label_key"], classes=classes, shards=shards)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         cause = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{what} is damaged or not by fastsimclr: {cause}; write it again, or remove it") from error
+        raise DataError(f"{location} is damaged or not by fastsimclr: {cause}; write it again, or remove it") from error
 
 
 def parse_shard(row: Any, size: int) -> ShardIndex:
@@ -196,7 +196,7 @@ def labels_of(
     raw = [label for _, index in shards for label in index.labels]
     kinds = {type(label) for label in raw} - {type(None)}
 
-    def first(wrong: Any) -> str:
+    def first_label(wrong: Any) -> str:
         return next(
             f"{what}: {index.members[i]} has the label {label!r}"
             for what, index in shards
@@ -205,7 +205,7 @@ def labels_of(
         )
 
     if len(kinds) == 2:
-        texts = [first(lambda label, kind=kind: isinstance(label, kind)) for kind in (int, str)]
+        texts = [first_label(lambda label, kind=kind: isinstance(label, kind)) for kind in (int, str)]
         raise DataError(f"labels mix class numbers and names ({'; '.join(texts)}); use one of them")
     if not kinds:
         if label_key is not None and raw:
@@ -220,11 +220,11 @@ def labels_of(
         numbers = [label for label in raw if isinstance(label, int)]
         if classes is None and max(numbers) >= _LARGEST_LABEL:
             raise DataError(
-                f"{first(lambda label: label == max(numbers))}; class numbers go up to {_LARGEST_LABEL - 1}"
+                f"{first_label(lambda label: label == max(numbers))}; class numbers go up to {_LARGEST_LABEL - 1}"
             )
         known = [str(number) for number in range(max(numbers) + 1)] if classes is None else list(classes)
         position = {number: number for number in range(len(known))}
     if foreign := [label for label in raw if label is not None and label not in position]:
-        where = first(lambda label: label == foreign[0])
+        where = first_label(lambda label: label == foreign[0])
         raise DataError(f"{where}, which is none of the {len(known)} classes ({some(known)}); correct it")
     return [-1 if label is None else position[label] for label in raw], tuple(known)

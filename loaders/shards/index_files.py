@@ -40,46 +40,46 @@ NOTE_S = 10.0  # how often the log tells how far that is
 class Shard:
     """One tar: its path or URL, its bytes, and the version to fetch where it is remote."""
 
-    place: str
+    location: str
     size: int
     remote: Remote | None
 
     @property
     def name(self) -> str:
         """The base name, which stays the same when a set moves."""
-        return base_name(self.place)
+        return base_name(self.location)
 
 
-def base_name(place: str) -> str:
+def base_name(location: str) -> str:
     """The file name of a path or URL, without a URL's query."""
-    return (place.partition("?")[0] if is_remote(place) else place).rpartition("/")[2]
+    return (location.partition("?")[0] if is_remote(location) else location).rpartition("/")[2]
 
 
-def folder_of(place: str) -> str:
+def folder_of(location: str) -> str:
     """The folder of a path or URL, without a slash at the end."""
-    return (place.partition("?")[0] if is_remote(place) else place).rpartition("/")[0]
+    return (location.partition("?")[0] if is_remote(location) else location).rpartition("/")[0]
 
 
 def listed(folder: str, cache: ShardCache, label_key: str | None) -> IndexFile | None:
     """The index.json of a folder, None where there is none. DataError where it is damaged or of another label_key."""
-    place = f"{folder}/{INDEX}"
+    location = f"{folder}/{INDEX}"
     if is_remote(folder):
-        data = read_small(place, cache.retries)
+        data = read_small(location, cache.retries)
     else:
-        data = Path(place).read_bytes() if os.path.isfile(place) else None
+        data = Path(location).read_bytes() if os.path.isfile(location) else None
     if data is None:
         return None
-    file = read_index(data, place)
+    file = read_index(data, location)
     if label_key is not None and label_key != file.label_key:
         raise DataError(
-            f"{place} has the labels of label_key={file.label_key}, not data.label_key={label_key};"
+            f"{location} has the labels of label_key={file.label_key}, not data.label_key={label_key};"
             " leave that out, or write the index again"
         )
     return file
 
 
 def load_shards(
-    places: Sequence[str], lists: Mapping[str, IndexFile | None], cache: ShardCache, label_key: str | None
+    locations: Sequence[str], lists: Mapping[str, IndexFile | None], cache: ShardCache, label_key: str | None
 ) -> list[tuple[Shard, ShardIndex]]:
     """Each shard with its samples: of `lists`, the index.json for its folder, else scanned, which the cache remembers.
 
@@ -88,49 +88,50 @@ def load_shards(
     """
     label_member(label_key)
 
-    def load(place: str) -> tuple[Shard, ShardIndex]:
-        file = lists[folder_of(place)]
+    def load(location: str) -> tuple[Shard, ShardIndex]:
+        file = lists[folder_of(location)]
         if file is None:
-            return _scanned(place, cache, label_key)
-        if base_name(place) not in file.shards:
-            raise DataError(f"{place} is not listed in {file.place}; write it again")
-        size, digest, index = file.shards[base_name(place)]
-        if is_remote(place):
-            return Shard(place=place, size=size, remote=Remote(place, size, sha256=digest)), index
-        if (found := _state(place).st_size) != size:
+            return _scanned(location, cache, label_key)
+        if base_name(location) not in file.shards:
+            raise DataError(f"{location} is not listed in {file.location}; write it again")
+        size, digest, index = file.shards[base_name(location)]
+        if is_remote(location):
+            return Shard(location=location, size=size, remote=Remote(location, size, sha256=digest)), index
+        if (found := _state(location).st_size) != size:
             raise DataError(
-                f"{place} has {found} bytes, not {size} as {file.place} says; copy it again, or write the index again"
+                f"{location} has {found} bytes, not {size} as {file.location} says; copy it again, or write the index"
+                " again"
             )
-        return Shard(place=place, size=size, remote=None), index
+        return Shard(location=location, size=size, remote=None), index
 
-    return _all(places, load, "indexed")
+    return _all(locations, load, "indexed")
 
 
-def _scanned(place: str, cache: ShardCache, label_key: str | None) -> tuple[Shard, ShardIndex]:
-    if is_remote(place):
-        remote = describe(place, cache.retries)
-        shard, version = Shard(place=place, size=remote.size, remote=remote), remote.tag
+def _scanned(location: str, cache: ShardCache, label_key: str | None) -> tuple[Shard, ShardIndex]:
+    if is_remote(location):
+        remote = describe(location, cache.retries)
+        shard, version = Shard(location=location, size=remote.size, remote=remote), remote.tag
     else:
-        state = _state(place)
-        shard, version = Shard(place=place, size=state.st_size, remote=None), str(state.st_mtime_ns)
-    text = f"{place}\n{shard.size}\n{version}\n{label_key}"
+        state = _state(location)
+        shard, version = Shard(location=location, size=state.st_size, remote=None), str(state.st_mtime_ns)
+    text = f"{location}\n{shard.size}\n{version}\n{label_key}"
     key = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
     if version and (kept := cache.get_index(key)) is not None:
         try:
             return shard, parse_shard(kept, shard.size)
         except (ValueError, KeyError, TypeError):
-            LOG.warning("%s: the index kept for it is damaged; scanned again", place)
+            LOG.warning("%s: the index kept for it is damaged; scanned again", location)
     with _reading(shard, cache) as fd:
-        index = scan_shard(fd, shard.size, place, label_key)
+        index = scan_shard(fd, shard.size, location, label_key)
     cache.put_index(key, vars(index))
     return shard, index
 
 
-def _state(place: str) -> os.stat_result:
+def _state(location: str) -> os.stat_result:
     try:
-        return os.stat(place)
+        return os.stat(location)
     except OSError as error:
-        raise DataError(f"{place} cannot be read: {error.strerror}; correct the path or the range") from error
+        raise DataError(f"{location} cannot be read: {error.strerror}; correct the path or the range") from error
 
 
 @contextmanager
@@ -140,26 +141,26 @@ def _reading(shard: Shard, cache: ShardCache) -> Iterator[int]:
             yield fd
         return
     try:
-        fd = os.open(shard.place, os.O_RDONLY)
+        fd = os.open(shard.location, os.O_RDONLY)
     except OSError as error:
-        raise DataError(f"{shard.place} cannot be read: {error.strerror}; correct the path or the rights") from error
+        raise DataError(f"{shard.location} cannot be read: {error.strerror}; correct the path or the rights") from error
     try:
         yield fd
     finally:
         os.close(fd)
 
 
-def _all(places: Sequence[str], work: Callable[[str], T], done: str) -> list[T]:
+def _all(locations: Sequence[str], work: Callable[[str], T], done: str) -> list[T]:
     """work(place) of each place, in order, several at once; the first error ends it."""
     pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="index")
     results: list[T] = []
     noted = time.monotonic()
     try:
-        for result in pool.map(work, places):
+        for result in pool.map(work, locations):
             results.append(result)
             if time.monotonic() - noted > NOTE_S:
                 noted = time.monotonic()
-                LOG.info("%s %d of %d shards", done, len(results), len(places))
+                LOG.info("%s %d of %d shards", done, len(results), len(locations))
     finally:
         pool.shutdown(cancel_futures=True)
     return results
@@ -182,64 +183,63 @@ def write_index(
     web servers, which take no files.
     """
     label_member(label_key)
-    places = expand(urls, cache.retries)
-    homes = _homes(places, out)
+    locations = expand(urls, cache.retries)
+    homes = _homes(locations, out)
     key, named = label_key or "cls", None if classes is None else tuple(classes)
     before = {home: listed(home, cache, None) for home in dict.fromkeys(homes)}
     for file in before.values():
         if file and (file.label_key, file.classes) != (key, named):
             raise DataError(
-                f"{file.place} has label_key={file.label_key} and {len(file.classes or ())} class names, not"
+                f"{file.location} has label_key={file.label_key} and {len(file.classes or ())} class names, not"
                 f" label_key={key} and {len(named or ())}; give the same, or remove it"
             )
-    rows = list(
-        zip(homes, places, _all(places, lambda place: _read_whole(place, cache, label_key), "read"), strict=True)
-    )
+    indexed = _all(locations, lambda location: _read_whole(location, cache, label_key), "read")
+    rows = list(zip(homes, locations, indexed, strict=True))
     files = []
     for home, old in before.items():
         shards = dict(old.shards) if old else {}
-        shards |= {base_name(place): row for to, place, row in rows if to == home}
+        shards |= {base_name(location): row for to, location, row in rows if to == home}
         labels_of([(f"{home}/{name}", index) for name, (_, _, index) in shards.items()], label_key, named)
-        files.append(IndexFile(place=f"{home}/{INDEX}", label_key=key, classes=named, shards=shards))
-    return [_write(file.place, dump_index(file), cache.retries) for file in files]
+        files.append(IndexFile(location=f"{home}/{INDEX}", label_key=key, classes=named, shards=shards))
+    return [_write(file.location, dump_index(file), cache.retries) for file in files]
 
 
-def _homes(places: Sequence[str], out: str | None) -> list[str]:
+def _homes(locations: Sequence[str], out: str | None) -> list[str]:
     """The folder in which each shard is to be listed. DataError where it takes no files, or for two of one name."""
     if out is not None:
         out = out.rstrip("/") if is_remote(out) else os.path.abspath(out.removeprefix("file://"))
-    homes = [folder_of(place) if out is None else out for place in places]
+    homes = [folder_of(location) if out is None else out for location in locations]
     if web := next((home for home in homes if home.startswith(("http://", "https://"))), None):
         raise DataError(
             f"{web}: a web server takes no files; write {INDEX} where it has its files from, or into a folder of yours"
             " (--out), which data.index then names"
         )
     first: dict[tuple[str, str], str] = {}
-    for home, place in zip(homes, places, strict=True):
-        if (other := first.setdefault((home, base_name(place)), place)) != place:
-            raise DataError(f"{other} and {place} have one name, by which {INDEX} knows shards; write one a folder")
+    for home, location in zip(homes, locations, strict=True):
+        if (other := first.setdefault((home, base_name(location)), location)) != location:
+            raise DataError(f"{other} and {location} have one name, by which {INDEX} knows shards; write one a folder")
     return homes
 
 
-def _read_whole(place: str, cache: ShardCache, label_key: str | None) -> tuple[int, str, ShardIndex]:
-    remote = describe(place, cache.retries) if is_remote(place) else None
-    shard = Shard(place=place, size=remote.size if remote else _state(place).st_size, remote=remote)
+def _read_whole(location: str, cache: ShardCache, label_key: str | None) -> tuple[int, str, ShardIndex]:
+    remote = describe(location, cache.retries) if is_remote(location) else None
+    shard = Shard(location=location, size=remote.size if remote else _state(location).st_size, remote=remote)
     whole, at = hashlib.sha256(), 0
     with _reading(shard, cache) as fd:
-        index = scan_shard(fd, shard.size, place, label_key)
+        index = scan_shard(fd, shard.size, location, label_key)
         while data := os.pread(fd, 1 << 22, at):
             whole.update(data)
             at += len(data)
     return shard.size, whole.hexdigest(), index
 
 
-def _write(place: str, data: bytes, retries: int) -> str:
-    if is_remote(place):
-        retry(place, retries, lambda: filesystem(place).pipe_file(place, data))
-        return place
+def _write(location: str, data: bytes, retries: int) -> str:
+    if is_remote(location):
+        retry(location, retries, lambda: filesystem(location).pipe_file(location, data))
+        return location
     try:
-        Path(place).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(Path(place), data, shared=True)
+        Path(location).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(Path(location), data, shared=True)
     except OSError as error:
-        raise DataError(f"{place} cannot be written: {error.strerror}; free space or allow it") from error
-    return place
+        raise DataError(f"{location} cannot be written: {error.strerror}; free space or allow it") from error
+    return location

@@ -20,18 +20,18 @@ def expand(patterns: str | Sequence[str], retries: int = 0) -> list[str]:
     A local folder stands for its *.tar. On web servers, which have no listings, only braces are looked at.
     Raises DataError for a pattern that matches nothing and for a place named twice.
     """
-    places: list[str] = []
+    locations: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        for place in _braces(pattern):
-            places += _look_up(place.removeprefix("file://"), retries)
-            if len(places) > MOST:
+        for location in _braces(pattern):
+            locations += _look_up(location.removeprefix("file://"), retries)
+            if len(locations) > MOST:
                 raise DataError(f"{pattern} names more than {MOST} files; correct the range")
-    if len(set(places)) < len(places):
-        twice = Counter(places).most_common(1)[0][0]
+    if len(set(locations)) < len(locations):
+        twice = Counter(locations).most_common(1)[0][0]
         raise DataError(f"{twice} is named twice in {patterns}; name each shard once")
-    if not places:
+    if not locations:
         raise DataError("no shard is named; give paths or URLs, as in train-{000..127}.tar")
-    return places
+    return locations
 
 
 def _braces(pattern: str) -> Iterator[str]:
@@ -55,20 +55,22 @@ def _braces(pattern: str) -> Iterator[str]:
             yield head + word + tail
 
 
-def _look_up(place: str, retries: int) -> list[str]:
-    scheme, mark, path = place.partition("://")
+def _look_up(location: str, retries: int) -> list[str]:
+    scheme, mark, path = location.partition("://")
     if mark and scheme in ("http", "https"):
         if "*" in path:
-            raise DataError(f"{place}: a web server has no listing; write the names out, as in train-{{000..127}}.tar")
-        return [place]
-    if not mark and os.path.isdir(place):
-        place = os.path.join(place, "*.tar")
-    if not re.search(r"[*?\[]", place):
-        return [place if mark else os.path.abspath(place)]
+            raise DataError(
+                f"{location}: a web server has no listing; write the names out, as in train-{{000..127}}.tar"
+            )
+        return [location]
+    if not mark and os.path.isdir(location):
+        location = os.path.join(location, "*.tar")
+    if not re.search(r"[*?\[]", location):
+        return [location if mark else os.path.abspath(location)]
     if mark:
-        found = [f"{scheme}://{name}" for name in retry(place, retries, lambda: filesystem(place).glob(path))]
+        found = [f"{scheme}://{name}" for name in retry(location, retries, lambda: filesystem(location).glob(path))]
     else:
-        found = [os.path.abspath(name) for name in glob.glob(place, recursive=True)]
+        found = [os.path.abspath(name) for name in glob.glob(location, recursive=True)]
     if not found:
-        raise DataError(f"{place} matches no file; correct it")
+        raise DataError(f"{location} matches no file; correct it")
     return sorted(found)

@@ -72,9 +72,9 @@ class Remote:
         return f"{hashlib.sha256(version.encode()).hexdigest()[:20]}-{readable}"
 
 
-def is_remote(place: str) -> bool:
-    """Whether a place is a URL; file:// is local, as are paths."""
-    return "://" in place and not place.startswith("file://")
+def is_remote(location: str) -> bool:
+    """Whether a location is a URL; file:// is local, as are paths."""
+    return "://" in location and not location.startswith("file://")
 
 
 def filesystem(url: str) -> Any:
@@ -97,10 +97,10 @@ def filesystem(url: str) -> Any:
         raise DataError(f"{url}: {error}; use a path, http(s)://, s3:// or gs://") from error
 
 
-def retry(what: str, retries: int, attempt: Callable[[], T]) -> T:
+def retry(location: str, retries: int, attempt: Callable[[], T]) -> T:
     """What `attempt` returns, repeated after failures that may pass, with exponential back-off and jitter.
 
-    Raises FetchError, naming `what`, the number of attempts and the last cause.
+    Raises FetchError, naming `location`, the number of attempts and the last cause.
     """
     for number in range(retries + 1):
         try:
@@ -113,14 +113,16 @@ def retry(what: str, retries: int, attempt: Callable[[], T]) -> T:
                 cause = f"HTTP {status}, {cause}"
             if not _may_pass(error):
                 remedy = "correct the URL, or your rights and credentials"
-                raise FetchError(f"{what} cannot be fetched ({cause}); {remedy}") from error
+                raise FetchError(f"{location} cannot be fetched ({cause}); {remedy}") from error
             if number == retries:
                 raise FetchError(
-                    f"{what} could not be fetched in {retries + 1} attempts, the last ended with {cause};"
+                    f"{location} could not be fetched in {retries + 1} attempts, the last ended with {cause};"
                     " check the network and the server, or raise data.fetch_retries"
                 ) from error
             wait = min(LONGEST_S, FIRST_S * 2**number) * _JITTER.uniform(0.5, 1.5)
-            LOG.warning("%s: attempt %d of %d failed (%s); again in %.1f s", what, number + 1, retries + 1, cause, wait)
+            LOG.warning(
+                "%s: attempt %d of %d failed (%s); again in %.1f s", location, number + 1, retries + 1, cause, wait
+            )
             time.sleep(wait)
     raise AssertionError("unreachable")
 

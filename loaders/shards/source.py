@@ -102,7 +102,7 @@ class ShardSource(Source):
         if last != shard:
             names = self._names[shard].split("\0")
             self._last = shard, names
-        return f"{self.shards[shard].place}/{names[index - int(self.blocks[shard])]}"
+        return f"{self.shards[shard].location}/{names[index - int(self.blocks[shard])]}"
 
     def expect(self, ids: npt.ArrayLike) -> None:
         """Say which images come next, in order: their remote shards are fetched ahead, and kept until the next call."""
@@ -133,7 +133,7 @@ class ShardSource(Source):
             with self._cache.use(shard.remote) as fd:
                 yield fd
         else:
-            with self._files.use(shard.place, lambda: os.open(shard.place, os.O_RDONLY)) as fd:
+            with self._files.use(shard.location, lambda: os.open(shard.location, os.O_RDONLY)) as fd:
                 yield fd
 
 
@@ -153,15 +153,15 @@ def open_shards(
     of their own folders'. A sample without a label among labelled ones has -1, and is counted in the log, as are keys
     without an image. Raises DataError, FetchError.
     """
-    places = expand(urls, cache.retries)
-    folders = list(dict.fromkeys(map(folder_of, places)))
+    locations = expand(urls, cache.retries)
+    folders = list(dict.fromkeys(map(folder_of, locations)))
     if index is None:
         lists = {folder: listed(folder, cache, label_key) for folder in folders}
     else:
         lists = dict.fromkeys(folders, listed(index.removeprefix("file://").rstrip("/"), cache, label_key))
         if None in lists.values():
             raise DataError(f"data.index={index} holds no {INDEX}; fastsimclr index SHARDS --out {index} writes it")
-    found = load_shards(places, lists, cache, label_key)
+    found = load_shards(locations, lists, cache, label_key)
     shards, indexes = [shard for shard, _ in found], [samples for _, samples in found]
     what = urls if isinstance(urls, str) else urls[0]
     name = f"shards:{what.partition('?')[0].rstrip('/').rpartition('/')[2]}"
@@ -170,10 +170,10 @@ def open_shards(
         if len(named) > 1:
             raise DataError(f"{' and '.join(lists)} have an {INDEX} with other classes each; write them with the same")
         classes = next(iter(named), None)
-    labels, classes = labels_of([(shard.place, samples) for shard, samples in found], label_key, classes)
+    labels, classes = labels_of([(shard.location, samples) for shard, samples in found], label_key, classes)
     if not labels:
         raise DataError(f"{what}: no image in {len(shards)} shards; they need KEY.jpg, .jpeg, .png or .webp")
-    left_out = [f"{shard.place}/{key}" for shard, samples in found for key in samples.left_out]
+    left_out = [f"{shard.location}/{key}" for shard, samples in found for key in samples.left_out]
     if left_out:
         LOG.warning("%s: left out %d keys that have no image: %s", name, len(left_out), some(left_out))
     source = ShardSource(name, shards, indexes, labels, classes, cache)

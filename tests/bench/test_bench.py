@@ -120,7 +120,7 @@ def entry(name: str, is_ours: bool, seconds: list[float], loss: float, order: li
             images=10, seconds=taken, step_s=[taken / 2] * 2, phase_s={LAST: taken}, loss=loss, first_loss=loss
         )
 
-    return Contestant(name=name, ours=is_ours, views=2, run=run, facts={})
+    return Contestant(name=name, ours=is_ours, views=2, run=run, details={})
 
 
 def fake(a_s: list[float], b_s: list[float], losses: tuple[float, float] = (2.0, 2.1)) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def test_encoders_that_torchvision_lacks_are_refused(make_run: MakeRun, scenes: 
     assert "--format" not in said, "no option of detect and segment"
     remedy = {key: yaml.safe_load(value) for key, value in re.findall(r"--model\.(\w+) (\S+?)(?:,|$| and| to)", said)}
     assert set(remedy) == {"arch", "stem", "width", "selective_kernels", "maxpool", "project_first"}
-    card = open_run(run, "cpu", None).part("encoder")[1]
+    card = open_run(run, "cpu", None).network_and_card("encoder")[1]
     with torch.device("meta"):
         remedied = replace(refused, **remedy)
         assert misfits(build_encoder(remedied, 32), replace(card, config=remedied), "torchvision") == ([], [])
@@ -221,7 +221,7 @@ class Line(Task):
     def evaluate(self, device: torch.device, out: Path) -> dict[str, float]:
         return {"slope": self.network.weight.item()}
 
-    def facts(self) -> dict[str, Any]:
+    def data_summary(self) -> dict[str, Any]:
         return {}
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastsimclr.distributed.ranks import Ranks
 from fastsimclr.evaluation.scores import ClassifierReport, by_group, calibration, confusion, score
-from fastsimclr.stages.measured import as_json, measured, put_confusion
+from fastsimclr.stages.measured import as_json, put_confusion, report_entries
 
 ALONE = Ranks()
 Floats = npt.NDArray[np.float64]
@@ -121,7 +121,7 @@ def facts_of(classes: int, groups: tuple[str, ...] = ()) -> dict[str, Any]:
         recipe=SimpleNamespace(data=SimpleNamespace(subgroup="light")),
     )
     assert report.metrics == plain.metrics  # no probabilities, no calibration
-    return measured(setting, report)
+    return report_entries(setting, report)
 
 
 def test_up_to_a_hundred_classes_the_matrix_is_in_the_result(tmp_path: Path) -> None:

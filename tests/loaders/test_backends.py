@@ -367,9 +367,9 @@ def test_foreign_files_reach_dali_decoded(files: FileSource, monkeypatch: pytest
     seen: list[int] = []
     original = dali_module.decode
 
-    def counted(data: bytes, what: str, max_pixels: int) -> npt.NDArray[np.uint8]:
-        seen.append(int(Path(what).stem))
-        return original(data, what, max_pixels)
+    def counted(data: bytes, name: str, max_pixels: int) -> npt.NDArray[np.uint8]:
+        seen.append(int(Path(name).stem))
+        return original(data, name, max_pixels)
 
     monkeypatch.setattr(dali_module, "decode", counted)
     test = EvalLoader(files, DataConfig(loader="dali", threads=1), batch=30, crops=CENTRE)

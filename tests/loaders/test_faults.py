@@ -252,10 +252,10 @@ def test_memory_that_is_short_while_decoding_names_the_image(
 ) -> None:
     really = faults_module.decode
 
-    def short(data, what, *rest):  # type: ignore[no-untyped-def]
-        if what.endswith("/17.jpg"):
+    def short(data, name, *rest):  # type: ignore[no-untyped-def]
+        if name.endswith("/17.jpg"):
             raise MemoryError
-        return really(data, what, *rest)
+        return really(data, name, *rest)
 
     monkeypatch.setattr(faults_module, "decode", short)
     monkeypatch.setattr(turbo, "AVAILABLE", False)

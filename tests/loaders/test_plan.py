@@ -221,15 +221,15 @@ def test_evaluation_tells_the_blocks_in_their_order(world: int) -> None:
         source = Blocks(sizes, fits=False)
         loader = EvalLoader(source, native("auto"), batch=3, rank=rank, world=world)
         ids = [i for batch in loader for i in batch.ids.tolist()]
-        assert ids == list(loader.part)
+        assert ids == list(loader.rank_ids)
         assert source.read_unannounced == 0
         assert source.told[-1] == []
         for told in source.told[:-1]:
             blocks = [source.block(i) for i in told]
             assert blocks == sorted(set(blocks))
-            assert set(told) <= set(loader.part)
+            assert set(told) <= set(loader.rank_ids)
         filled = [k for k, size in enumerate(sizes) if size]
-        here = [k for k in filled if set(range(source.blocks[k], source.blocks[k + 1])) & set(loader.part)]
+        here = [k for k in filled if set(range(source.blocks[k], source.blocks[k + 1])) & set(loader.rank_ids)]
         assert source.block(source.told[0][0]) == here[0]
         assert sorted({source.block(i) for told in source.told for i in told}) == here
 

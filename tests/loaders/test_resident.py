@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastsimclr.loaders.backends import resident as resident_module
-from fastsimclr.loaders.backends.resident import choose_place
+from fastsimclr.loaders.backends.resident import choose_placement
 from fastsimclr.loaders.data import DataConfig
 from fastsimclr.loaders.sets.basic import ArraySource, SyntheticSource
 from fastsimclr.loaders.source import DataError
@@ -43,8 +43,8 @@ class Seen:
 
 def place(monkeypatch: pytest.MonkeyPatch, device: torch.device, free: int, seen: Seen, **keys: Any) -> tuple[int, str]:
     monkeypatch.setattr(resident_module, "free_bytes", lambda _: free)
-    found = choose_place(SOURCE, DataConfig(**keys), device, seen)
-    return found.parts, found.why
+    found = choose_placement(SOURCE, DataConfig(**keys), device, seen)
+    return found.decoding_ranks, found.why
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_ranks_on_cpus_share_the_limit_of_a_machine(monkeypatch: pytest.MonkeyPa
 def test_what_is_not_to_be_held(monkeypatch: pytest.MonkeyPatch) -> None:
     assert place(monkeypatch, CPU, 2**40, Seen(0, 1, 0, 1), loader="native") == (0, "native")
     empty = ArraySource("none", np.empty((0, 2, 2, 3), np.uint8), [], ())
-    assert choose_place(empty, DataConfig(loader="resident"), CPU).fill() is None
+    assert choose_placement(empty, DataConfig(loader="resident"), CPU).fill() is None
     seen = Seen(0, 2, 0, 2)
     with pytest.raises(DataError, match=r"data.loader=resident, but synthetic takes 3 MiB .* and of all 2; use auto"):
         place(monkeypatch, GPU, 2 * MIB, seen, loader="resident")
@@ -92,6 +92,6 @@ def test_what_is_not_to_be_held(monkeypatch: pytest.MonkeyPatch) -> None:
         def read(self, index: int) -> Any:
             raise AssertionError("fetched, to learn its size")
 
-    found = choose_place(Remote(4, 4, 2), DataConfig(), CPU)
-    assert found.parts == 0
+    found = choose_placement(Remote(4, 4, 2), DataConfig(), CPU)
+    assert found.decoding_ranks == 0
     assert found.why.startswith("native, not resident: synthetic takes more than its cache, over the limit of ")

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 
 from fastsimclr.distributed.ranks import Ranks
-from fastsimclr.loaders import Batch, DataConfig, EvalLoader, Policy, Resident, Source, TrainLoader, choose_place
+from fastsimclr.loaders import Batch, DataConfig, EvalLoader, Policy, Resident, Source, TrainLoader, choose_placement
 from fastsimclr.loaders.backends import held
-from fastsimclr.loaders.backends.resident import Place
+from fastsimclr.loaders.backends.resident import Placement
 from fastsimclr.loaders.beton.reader import BetonSource
 from fastsimclr.loaders.beton.writer import BetonWriter
 from fastsimclr.loaders.cut import Crops
@@ -73,7 +73,9 @@ def resident(source: Source, ranks: Ranks, how: How, data: DataConfig) -> Reside
         found = hold(source, data, CPU, peers=ranks)
     else:
         parts = 2 if how == "sharded in pairs" else ranks.world
-        place = Place(source=source, config=data, device=CPU, peers=ranks, parts=parts, expected=100, why="")
+        place = Placement(
+            source=source, config=data, device=CPU, peers=ranks, decoding_ranks=parts, expected=100, why=""
+        )
         found = place.fill()
     assert found is not None
     return found
@@ -207,7 +209,7 @@ def refused(ranks: Ranks, root: Path, how: How, act: str, rank: int) -> str:
             )
         try:
             if act == "auto":
-                return choose_place(files(root), data, CPU, ranks).why
+                return choose_placement(files(root), data, CPU, ranks).why
             resident(files(root), ranks, how, data)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
@@ -316,7 +318,9 @@ def whole_on_each(ranks: Ranks, root: Path) -> tuple[list[int], list[int], bytes
     source = Unreadable(sound.name, root, sound.names, [0] * N, sound.labels, sound.classes)
     source.failing = ranks.rank == 1
     data = settings(max_bad_fraction=0.5)
-    found = Place(source=source, config=data, device=CPU, peers=ranks, parts=1, expected=100, why="").fill()
+    found = Placement(
+        source=source, config=data, device=CPU, peers=ranks, decoding_ranks=1, expected=100, why=""
+    ).fill()
     assert found is not None
     pixels = [found.images.image(k).numpy().tobytes() for k in range(N)]
     return sorted(found.damage.bad), found.labels.tolist(), b"".join(pixels)

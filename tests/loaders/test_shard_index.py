@@ -56,9 +56,9 @@ def test_scanned_once(tmp_path: Path, cache: ShardCache, monkeypatch: pytest.Mon
     first = opened(tmp_path / "d", cache)
     scans: list[str] = []
 
-    def counted(fd: int, size: int, what: str, label_key: str | None) -> Any:
-        scans.append(os.path.basename(what))
-        return scan_shard(fd, size, what, label_key)
+    def counted(fd: int, size: int, location: str, label_key: str | None) -> Any:
+        scans.append(os.path.basename(location))
+        return scan_shard(fd, size, location, label_key)
 
     monkeypatch.setattr("fastsimclr.loaders.shards.index_files.scan_shard", counted)
     assert opened(tmp_path / "d", cache).fingerprint == first.fingerprint

@@ -127,7 +127,7 @@ def test_parts_of_a_recorded_batch_are_the_batch() -> None:
     parts = []
     for part in (rows[:3], rows[3:]):
         of = objective(Table(student.logits.detach()[part]))
-        of.in_parts(rows, 2)
+        of.in_micro_batches(rows, 2)
         parts.append(of(x[:3], part).loss)
     assert torch.stack(parts).mean().item() == pytest.approx(whole.item(), rel=1e-12)
 
@@ -371,11 +371,11 @@ def test_the_report_on_a_network_distilled_into_itself_is_beside_its_own_numbers
 ) -> None:
     asked: list[ModelConfig] = []
 
-    def beside(setting: Setting, stage: str, model: ModelConfig, labels: str) -> dict[str, Any]:
+    def published_entry(setting: Setting, stage: str, model: ModelConfig, labels: str) -> dict[str, Any]:
         asked.append(model)
         return {"published": [{"top1": 0.5}]}
 
-    monkeypatch.setattr(protocols, "beside", beside)
+    monkeypatch.setattr(protocols, "published_entry", published_entry)
     own = Path(shutil.copytree(chain / "self-distill", tmp_path / "own"))
     recipe = parse_recipe((own / "recipe.yaml").read_text())
     found = protocols.evaluate(recipe, own, tmp_path / "a", False)

@@ -32,7 +32,7 @@ def test_fused_bn_trains_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     done = []
     for on in (False, True):
         given = job(tmp_path / str(on), schedule=Schedule(peak=0.1, warmup_steps=0, total_steps=1))
-        runtime.place(given.objective)
+        runtime.to_device(given.objective)
         done.append(fit(given, runtime, fused_bn=on))
         assert bool(calls) is on
     plain, quick = done

@@ -87,8 +87,8 @@ def test_head_layer_by_layer(layers: int) -> None:
         else:
             expected = normalised(expected, gamma, 0.0)
         torch.testing.assert_close(head.forward_to(h, k), expected)
-        torch.testing.assert_close(head.first(k)(h), expected)
-        assert head.width_at(k) == head.first(k).out_features == expected.shape[1]
+        torch.testing.assert_close(head.truncated(k)(h), expected)
+        assert head.width_at(k) == head.truncated(k).out_features == expected.shape[1]
     torch.testing.assert_close(head(h), expected)
     # No dense has a bias, and only the last BN has none.
     assert [key for key in state if key.endswith("bias")] == [f"layers.{k}.bn.bias" for k in range(layers - 1)]

@@ -13,7 +13,7 @@ from fastsimclr.methods.config import Labels
 from fastsimclr.models import ModelConfig
 from fastsimclr.recipe import Recipe, parse_recipe
 from fastsimclr.stages import result_lines
-from fastsimclr.stages.published import PUBLISHED, beside, dataset_of, fitting
+from fastsimclr.stages.published import PUBLISHED, dataset_of, fitting, published_entry
 
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SYNSETS = ("n01440764", *(f"n{i:08d}" for i in range(2_000_000, 2_000_998)), "n15075141")
@@ -79,7 +79,7 @@ def test_beside_a_result() -> None:
 
     def found(recipe: Recipe, stage: str, labels: Labels, classes: tuple[str, ...] = CIFAR) -> list[float]:
         setting: Any = FakeSetting(recipe, classes, train=50_000, val=10_000, few=500)
-        return [entry["top1"] for entry in beside(setting, stage, model, labels).get("published", [])]
+        return [entry["top1"] for entry in published_entry(setting, stage, model, labels).get("published", [])]
 
     assert found(recipe, "knn", "all") == [0.848, 0.879]  # the nearest length first
     assert found(parse_recipe("pretrain: {epochs: 1000}"), "knn", "all") == [0.879, 0.848]

@@ -80,7 +80,7 @@ def test_damage_found_in_a_part_is_measured_on_that_part(tmp_path: Path) -> None
     setting = Setting(replace(DIGITS, data=data))
     every = setting.splits.unlabelled
     list(setting.passes(every))
-    (subset,) = (source for source in [setting.first(every, 10)])
+    (subset,) = (source for source in [setting.spread_subset(every, 10)])
     list(setting.passes(subset))  # fewer images than the damaged ones would be a tenth of
     (damaged,) = setting.data_facts()["damaged"].values()
     assert len(damaged) >= 1

@@ -30,7 +30,7 @@ from fastsimclr.studies.batch import BatchStudy
 from fastsimclr.studies.cells import Row
 from fastsimclr.studies.curves import read_curves
 from fastsimclr.studies.head import HeadStudy
-from fastsimclr.studies.jobs import in_order, places_of, run_jobs
+from fastsimclr.studies.jobs import in_order, run_jobs, slots_of
 from fastsimclr.studies.labels import LabelsStudy
 from fastsimclr.studies.size import SizeStudy
 from fastsimclr.studies.table import as_csv, as_markdown, crossing, means
@@ -519,9 +519,9 @@ def test_each_training_has_one_gpu(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert places_of(replace(RECIPE, device=device), side_by_side) == places
+    assert slots_of(replace(RECIPE, device=device), side_by_side) == places
     with pytest.raises(ValueError, match="2 GPUs are visible here"):
-        places_of(replace(RECIPE, device="cuda:2"), 0)
+        slots_of(replace(RECIPE, device="cuda:2"), 0)
 
 
 def test_a_study_of_which_nothing_can_be_shown_says_why(

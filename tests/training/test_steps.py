@@ -24,7 +24,7 @@ from fastsimclr.runs.checkpoint import CheckpointError
 from fastsimclr.runtime.device import Runtime
 from fastsimclr.runtime.malloc import freed_memory_kept
 from fastsimclr.training.config import TrainerConfig
-from fastsimclr.training.gradient_cache import BUCKET_BYTES, _buckets, backward_in_parts
+from fastsimclr.training.gradient_cache import BUCKET_BYTES, _buckets, backward_in_micro_batches
 from fastsimclr.training.trainer import TrainingJob
 from tests.methods.test_memory import memory_job
 from tests.training.test_trainer import BATCH, TOTAL, At, different, final, fit, job
@@ -36,7 +36,7 @@ def gradients(objective: Contrastive, images: Tensor, micro: int | None) -> list
     if micro is None:
         objective(images, labels).loss.backward()
     else:
-        backward_in_parts(objective, images, labels, micro, lambda loss: loss)
+        backward_in_micro_batches(objective, images, labels, micro, lambda loss: loss)
     return [p.grad.clone() for p in objective.parameters() if p.grad is not None]
 
 

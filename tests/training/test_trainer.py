@@ -71,7 +71,7 @@ def job(
         seed=0,
         fingerprint=SOURCE.fingerprint,
         recipe="seed: 0\n",
-        facts={"model": dataclasses.asdict(TINY)},
+        metadata={"model": dataclasses.asdict(TINY)},
         resume=resume,
         hooks=hooks,
     )
@@ -283,7 +283,7 @@ class Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def one_step(given: TrainingJob, runtime: Runtime) -> Callable[[], None]:
     """A train step ready to run, its batch on the device and its optimizer warmed up."""
     trainer = Trainer(TrainerConfig(), runtime, given)
-    runtime.place(given.objective.train())
+    runtime.to_device(given.objective.train())
     crops = Crops(policy=given.policy, seed=0, views=given.objective.views)
     (batch,) = given.batches(0, 1, crops)
     shipment = ship(batch, crops, runtime)
@@ -376,8 +376,8 @@ def test_weights_that_the_last_update_broke_are_not_saved(tmp_path: Path) -> Non
         ({"fingerprint": "other"}, "fingerprint", repr(SOURCE.fingerprint), "'other'"),
         ({"stage": "linear"}, "stage", "'pretrain'", "'linear'"),
         ({"batch": 16}, "batch", "8", "16"),
-        ({"facts": {"seed": 1}}, "seed", "None", "1"),
-        ({"facts": {"model": {"arch": "resnet34"}}}, "model", "resnet18", "resnet34"),
+        ({"metadata": {"seed": 1}}, "seed", "None", "1"),
+        ({"metadata": {"model": {"arch": "resnet34"}}}, "model", "resnet18", "resnet34"),
         ({"schedule": Schedule(peak=1, warmup_steps=0, total_steps=12)}, "total_steps", "9", "12"),
     ],
 )

@@ -44,9 +44,9 @@ def check(error: float, tolerance: float, reason: str) -> Entry:
     return {"error": error, "tolerance": tolerance, "reason": reason, "ok": error <= tolerance}
 
 
-def case(checks: dict[str, Entry], **facts: Any) -> Entry:
+def case(checks: dict[str, Entry], **details: Any) -> Entry:
     """The entry of a case."""
-    return {"ok": all(line["ok"] for line in checks.values()), **facts, "checks": checks}
+    return {"ok": all(line["ok"] for line in checks.values()), **details, "checks": checks}
 
 
 def largest(got: Tensor, expected: Tensor, least: float = 0.0) -> float:

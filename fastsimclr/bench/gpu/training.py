@@ -15,7 +15,7 @@ from fastsimclr.bench.gpu.record import Entry, Job, Sheet, Size
 from fastsimclr.bench.ours import HEAD_DIM, HEAD_LAYERS, TEMPERATURE, job_of, policy_for
 from fastsimclr.evaluation.features import extract
 from fastsimclr.evaluation.knn import knn
-from fastsimclr.loaders import Batch, Crops, DataConfig, EvalLoader, Source, TrainLoader, choose_place, open_data
+from fastsimclr.loaders import Batch, Crops, DataConfig, EvalLoader, Source, TrainLoader, choose_placement, open_data
 from fastsimclr.methods import Contrastive
 from fastsimclr.models import ModelConfig, build_simclr
 from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
@@ -76,13 +76,13 @@ def train(sheet: Sheet, runtime: Runtime, run: Path, images: str | None, recipe:
     data = data_of(images)
     splits = open_data(data)
     resident = {
-        id(source): choose_place(source, data, runtime.device).fill() for source in (splits.unlabelled, splits.val)
+        id(source): choose_placement(source, data, runtime.device).fill() for source in (splits.unlabelled, splits.val)
     }
     torch.manual_seed(0)
     model = ModelConfig(arch="resnet18", width=recipe.width, head_layers=HEAD_LAYERS, head_dim=HEAD_DIM)
     network = build_simclr(model, 32)
     objective = Contrastive(network, temperature=TEMPERATURE, scaling="paper")
-    runtime.place(objective)
+    runtime.to_device(objective)
     count, optim = len(splits.unlabelled), recipe.optim
     schedule = Schedule.from_epochs(
         count, recipe.epochs, recipe.batch, optim.warmup_epochs, optim.peak_lr(recipe.batch)
@@ -116,11 +116,11 @@ def train(sheet: Sheet, runtime: Runtime, run: Path, images: str | None, recipe:
         found = knn(bank, test, classes, ks=[200], temperatures=[0.1], ranks=runtime.ranks)
         return {"knn_top1": next(iter(found.values())).top1}
 
-    def measured() -> Entry:
+    def probe_entry() -> Entry:
         return {"images_per_s": trainer.last.get("images_per_s"), **accuracy()}
 
     begun = checkpoint.saved(run)
-    probe = Probe(sheet, max(1, round(recipe.probe_epochs * count / recipe.batch)), measured)
+    probe = Probe(sheet, max(1, round(recipe.probe_epochs * count / recipe.batch)), probe_entry)
     if (earlier := sheet.entries.get("probes")) is not None:
         probe.history = earlier["history"]
     job = job_of(
