@@ -23,7 +23,7 @@ test: lint
 
 # The slow tests, and the hypothesis tests again with ten times as many examples.
 test-slow: $(STAMP)
-	$(call RUN,.venv) -m "slow or (examples and not full)" --hypothesis-profile thorough
+	$(call RUN,.venv) -m "(slow or examples) and not full" --hypothesis-profile thorough
 
 # The longest checks, before a release: kills by the hundred, folders of 100,000s of files, whole studies.
 test-full: $(STAMP)

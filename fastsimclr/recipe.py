@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from argparse import ArgumentError
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, Literal
@@ -140,6 +141,7 @@ def check_sections(text: str, origin: str) -> None:
     check(Recipe(), values or {}, "")
 
 
+@functools.lru_cache(16)
 def parse_recipe(text: str) -> Recipe:
     """The recipe in YAML text, other keys and wrong types refused with ValueError."""
     check_sections(text, "the recipe")

@@ -17,6 +17,7 @@ LOG = logging.getLogger("fastsimclr")
 INSTALL = "pip install triton"
 LEAST = (8, 0)
 """Compute capability: below, a block has too little shared memory for the kernels' tiles."""
+HAS_TRITON = find_spec("triton") is not None  # looked up once: torch 2.11 cannot compile a step that looks it up
 
 
 def choose(name: str, backend: Backend, device: torch.device) -> Implementation:
@@ -30,7 +31,7 @@ def choose(name: str, backend: Backend, device: torch.device) -> Implementation:
         raise ValueError(f"backend={backend!r} is not available for {name}; use auto, fused or reference")
     if backend == "reference" or (backend == "auto" and device.type != "cuda"):
         return "reference"
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         if backend == "fused":
             raise ValueError(f"backend=fused needs triton for {name}, which is not installed; {INSTALL}")
         _say_once(f"{name}: triton is not installed, so the slower torch operations are used; {INSTALL}")

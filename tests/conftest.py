@@ -119,6 +119,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
     gc.collect()
     gc.freeze()
+    gc.get_freeze_count = functools.cache(gc.get_freeze_count)  # it counts a million, and each training asks
 
 
 def pytest_sessionfinish() -> None:

@@ -4,7 +4,9 @@ A pytest plugin, loaded by conftest.py:
     --processor-times FILE   write one row per test, slowest first: processor seconds, wall seconds, name
     --processor-limit S      fail a test above S seconds, unless it is marked slow or stands in EXCEPTIONS
 
-Time spent setting up fixtures that several tests share (scope module, package or session) is charged to none of them.
+Time spent setting up fixtures that several tests share (scope module, package or session) is charged to none of them;
+the table has it under the fixture's name. Write --processor-times=FILE as one word: pytest takes a second one, where
+that file exists, for the folder of the tests.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ EXCEPTIONS: dict[str, str] = {
 """Node id of a test, without its parameters -> why it may exceed the limit without being marked slow."""
 
 KEY = "processor_s"
+SHARED = "shared fixture"
 _TICKS = os.sysconf("SC_CLK_TCK")
 _started = pytest.StashKey[float]()
 _shared = pytest.StashKey[float]()
@@ -75,9 +78,13 @@ def pytest_fixture_setup(fixturedef: Any, request: Any) -> Iterator[None]:
     if fixturedef.scope == "function" or _started not in item.stash:
         yield
         return
-    before, inner = processor_seconds(), item.stash[_shared]
+    before, inner, began = processor_seconds(), item.stash[_shared], time.monotonic()
     yield
-    item.stash[_shared] = inner + processor_seconds() - before
+    used = processor_seconds() - before
+    own = used - (item.stash[_shared] - inner)
+    item.stash[_shared] = inner + used
+    name = f"fixture {fixturedef.baseid}::{fixturedef.argname}"
+    item.user_properties.append((SHARED, (own, time.monotonic() - began, name)))
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -106,17 +113,28 @@ class Table:
 
     def __init__(self, path: Path) -> None:
         self.path, self.rows, self.began = path, list[tuple[float, float, str]](), time.monotonic()
+        self.path.write_text("")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """One row per test that was called."""
-        if report.when == "call":
-            self.rows.append((dict(report.user_properties)[KEY], report.duration, report.nodeid))
+        """One row per test that was called, written at once: of a run that is stopped the table is not sorted."""
+        if report.when != "call":
+            return
+        new = [tuple(value) for key, value in report.user_properties if key == SHARED and value[0] > 0.1]
+        new.append((dict(report.user_properties)[KEY], report.duration, report.nodeid))
+        self.rows += new
+        with self.path.open("a") as file:
+            file.writelines(self._line(*row) for row in new)
+
+    @staticmethod
+    def _line(used: float, wall: float, name: str) -> str:
+        return f"{used:9.2f} {wall:9.2f}  {name}\n"
 
     def pytest_sessionfinish(self) -> None:
-        """Write the table."""
-        lines = [f"{used:9.2f} {wall:9.2f}  {name}\n" for used, wall, name in sorted(self.rows, reverse=True)]
+        """Write the table, slowest first."""
+        lines = [self._line(*row) for row in sorted(self.rows, reverse=True)]
         total = sum(used for used, _, _ in self.rows)
-        head = f"# {len(lines)} tests, {total:.0f} s of processor time, {time.monotonic() - self.began:.0f} s in all\n"
+        tests = sum("::test_" in name for _, _, name in self.rows)
+        head = f"# {tests} tests, {total:.0f} s of processor time, {time.monotonic() - self.began:.0f} s in all\n"
         self.path.write_text(f"{head}# processor s, wall s, test\n" + "".join(lines))
 
 

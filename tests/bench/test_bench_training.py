@@ -226,6 +226,7 @@ def test_peak_is_that_of_the_module(device: str, peak: float | None) -> None:
     assert peak_flops(device) == peak
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_paper() -> None:
     """ResNet-50 at 224 px has 4.1 G multiply-adds (torchvision); the stem passes no gradient to the image."""
     net = ours.classifier("resnet50", 224, 1000, 0)

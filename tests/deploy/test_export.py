@@ -151,10 +151,10 @@ def test_torchvision_takes_the_encoder_alone(wide: Path, photos: Path, tmp_path:
 )
 def test_torchvision_refuses_by_name(changes: dict[str, Any], size: int, head_layer: int, reasons: list[str]) -> None:
     model = ModelConfig(**({"arch": "resnet18"} | changes))
+    with torch.device("meta"):
+        classifier = build_classifier(model, size, len(CLASSES), head_layer)
     with pytest.raises(ValueError, match=r"^runs/a does not fit torchvision: .* safetensors or onnx") as error:
-        torchvision_state(
-            build_classifier(model, size, len(CLASSES), head_layer), card(model, size, head_layer), "runs/a"
-        )
+        torchvision_state(classifier, card(model, size, head_layer), "runs/a")
     for reason in reasons:
         assert reason in str(error.value)
     assert str(error.value).count(";") == len(reasons) - ("--part encoder" in reasons)

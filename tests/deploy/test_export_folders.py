@@ -75,6 +75,7 @@ def images(size: int) -> Tensor:
     return torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_timm_gives_the_same_logits_and_nearly_the_same_views(wide: Path, photos: Path, tmp_path: Path) -> None:
     assert (

@@ -258,7 +258,7 @@ def supervised(machines: Machines, machine: int, port: int, run: Path, conf: str
     )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_killed_machines_come_back_and_the_run_goes_on(
     machines: Machines, alone: Callable[[int], Path], tmp_path: Path, cleanup: list[Process]
 ) -> None:
@@ -286,7 +286,7 @@ def test_killed_machines_come_back_and_the_run_goes_on(
     same(run, alone(2))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_run_goes_on_without_a_machine_that_is_gone(
     machines: Machines, alone: Callable[[int], Path], tmp_path: Path, cleanup: list[Process]
 ) -> None:
@@ -314,7 +314,7 @@ def test_the_run_goes_on_without_a_machine_that_is_gone(
     same(run, alone(2))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_torchrun_starts_ranks_again_on_one_machine(
     alone: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,7 +329,7 @@ def test_torchrun_starts_ranks_again_on_one_machine(
     same(run, alone(2))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_store_that_hangs_is_named(tmp_path: Path, cleanup: list[Process]) -> None:
     """As where the machine of rank 0 is cut off: nothing answers, and nothing is closed."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -67,7 +67,7 @@ def start(stand: Path, run: Path, **stand_ins: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_stop_is_saved_and_requeued_and_the_next_start_ends_the_run(tmp_path: Path) -> None:
     stand, run = tmp_path / "stand", tmp_path / "run"
     first = start(stand, run)

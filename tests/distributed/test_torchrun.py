@@ -122,7 +122,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_killed_at_four_ranks_and_resumed_at_fewer(alone: Path, killed: Path, tmp_path: Path, ranks: int) -> None:
     run = tmp_path / "run"
     shutil.copytree(killed, run)
@@ -138,7 +138,7 @@ def test_killed_at_four_ranks_and_resumed_at_fewer(alone: Path, killed: Path, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("everyone", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("everyone", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_sigterm_saves_once_at_one_step(tmp_path: Path, everyone: bool) -> None:
     run = tmp_path / "stopped"
     all_of_them = Run(2, *PRETRAIN, "--trainer.checkpoint_every_steps", "1000", "--out", str(run))
@@ -195,7 +195,7 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
     assert "shows no sign of life" in line
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_whole_chain_on_two_ranks(tmp_path: Path) -> None:
     code, said = Run(2, "run", "--config", "digits.yaml", "--smoke", "--device", "cpu", "--out", str(tmp_path)).end()
     assert code == 0, said
@@ -210,7 +210,7 @@ def test_the_whole_chain_on_two_ranks(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--trainer.bn_groups", "5"], "do not divide pretrain.batch=48"),
-        (["--out", "{alone}"], "already holds step-000000"),
+        pytest.param(["--out", "{alone}"], "already holds step-000000", marks=pytest.mark.full),
     ],
 )
 def test_an_error_of_all_ranks_is_said_once(alone: Path, tmp_path: Path, words: list[str], message: str) -> None:

@@ -43,8 +43,15 @@ def drawn(policy: Policy, ids: Tensor, height: int, width: int, views: int = 2) 
     return draw(policy, 5, torch.zeros(len(ids)), ids, views, sizes)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("semantics", ["torchvision", "tensorflow"])
+@pytest.mark.parametrize(
+    ("semantics", "backend"),
+    [
+        ("torchvision", "reference"),
+        ("tensorflow", "fused"),
+        pytest.param("tensorflow", "reference", marks=pytest.mark.slow),
+        pytest.param("torchvision", "fused", marks=pytest.mark.slow),
+    ],
+)
 def test_views_of_the_ids_are_those_of_the_images_selected(semantics: Any, backend: Any) -> None:
     """One size or ragged, an id twice: to the bit, as pixels and arithmetic are the same."""
     policy = dataclasses.replace(CIFAR, semantics=semantics)
@@ -105,6 +112,7 @@ def test_bad_arguments_are_refused(backend: Any) -> None:
         gather_views(dataset[:, :4].contiguous(), ids, drawn(CIFAR, ids, 80, 8), size=16, backend=backend)
 
 
+@pytest.mark.slow
 def test_compiled_whole() -> None:
     dataset, ids = same_size(5, 8, 8).to(DEVICE), torch.tensor([4, 1], device=DEVICE)
     params = drawn(CIFAR, torch.arange(2), 8, 8).to(DEVICE)

@@ -156,7 +156,7 @@ def test_any_shape(images: int, dim: int, bank: int, weighted: bool, temperature
     assert_close(kernel(x, temperature, **extras), oracle(x, temperature, **extras))
 
 
-@pytest.mark.parametrize("temperature", [0.01, pytest.param(0.1, marks=pytest.mark.slow), 1.0])
+@pytest.mark.parametrize("temperature", [0.01, *(pytest.param(t, marks=pytest.mark.slow) for t in (0.1, 1.0))])
 def test_online_maximum_and_the_temperatures_gradient(temperature: float, tiles: None) -> None:
     x, bank = pairs(31, 24, noise=0.9).to(DEVICE), pairs(10, 24, seed=2).to(DEVICE)
     weights = torch.linspace(0, 2, 62, device=DEVICE)
@@ -337,7 +337,7 @@ def on_a_rank(ranks: Ranks, x: Tensor, temperature: float, tensor: bool, weights
     "world, temperature, tensor",
     [
         (2, 0.1, True),
-        (4, 0.02, False),
+        pytest.param(4, 0.02, False, marks=pytest.mark.slow),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 0.1, False), (2, 0.02, False), (4, 0.1, True)]),
         pytest.param(4, 0.1, False, marks=pytest.mark.slow),
     ],

@@ -405,7 +405,7 @@ def test_no_views_and_views_of_nothing() -> None:
         make_views(images.select(torch.arange(0)), drawn(policy_of(8), sizes), size=8)
 
 
-@pytest.mark.parametrize("backend", ["fused", "reference"])
+@pytest.mark.parametrize("backend", [pytest.param("fused", marks=pytest.mark.slow), "reference"])
 def test_compiled_whole_and_under_autocast(backend: Any) -> None:
     images, sizes = ragged([(12, 10)] * 2)
     policy = policy_of(9, jitter=1.0)

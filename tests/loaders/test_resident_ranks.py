@@ -371,6 +371,7 @@ def test_training_with_exchanges(ranks_pool: Pool, trained: list[Any], tmp_path:
     assert [asked for *_, asked in trained] == [40, 40]
 
 
+@pytest.mark.slow
 def test_training_with_exchanges_goes_on_after_a_stop(ranks_pool: Pool, trained: list[Any], tmp_path: Path) -> None:
     stopped = ranks_pool(2, training, tmp_path / "stopped", "sharded", 5)
     assert all(f"stopped at step 7 of {TOTAL}" in text for text, *_ in stopped)

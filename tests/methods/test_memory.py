@@ -136,7 +136,7 @@ def test_queue_momentum_and_loss_are_plain_loops(memory: int) -> None:
     assert {key.rpartition(".")[2] for key in moved} == {"weight", "bias", "running_mean", "running_var"}
 
 
-@pytest.mark.parametrize(("world", "groups"), [(2, 1), (2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("world", "groups"), [(2, 2), *(pytest.param(n, 1, marks=pytest.mark.slow) for n in (2, 4))])
 def test_ranks_are_one_process(ranks_pool: Pool, world: int, groups: int) -> None:
     """Also with a queue that a step's keys straddle, which is where an order by ranks would show."""
     losses, state = train(Ranks(), 37, 16, groups)
@@ -172,7 +172,7 @@ def memory_job(run: Path, memory: int = 24, optim: OptimConfig | None = None, **
     return job(run, objective=objective, optimizer=optimizer, optim=optim, **changes)
 
 
-@pytest.mark.parametrize(("precision", "micro"), [("fp16", None), ("fp32", 4)])
+@pytest.mark.parametrize(("precision", "micro"), [pytest.param("fp16", None, marks=pytest.mark.slow), ("fp32", 4)])
 def test_stopped_and_resumed_is_left_alone(tmp_path: Path, precision: Precision, micro: int | None) -> None:
     runtime = replace(CPU, precision=precision)
     fit(memory_job(tmp_path / "alone"), runtime, micro_batch=micro)

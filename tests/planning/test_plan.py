@@ -367,6 +367,12 @@ def test_images_of_a_recipe(name: str, options: dict[str, int], images: tuple[in
     assert (found.unlabelled, found.labelled, found.few, found.held) == images
 
 
+def test_the_command_on_one_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", "digits"]) == 0
+    out = capsys.readouterr().out
+    assert "predicted, not measured" in out and "fits in 80 GiB" in out and "supervised" in out
+
+
 @pytest.mark.slow
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--config", "cifar10_r18", "--gpus", "2", "--gpu", "A100", "--pretrain.epochs", "100"]
@@ -402,12 +408,20 @@ def test_our_own_measurements_are_predicted(capsys: pytest.CaptureFixture[str]) 
     [
         (["--gpus", "4"], ["--config"]),
         (["--config", "v1-paper", "--gpus", "0"], ["gpus=0", "greater than 0"]),
-        (["--config", "v1-paper", "--gpus", "7"], ["pretrain", "batch=4096", "7 GPUs", "4095"]),
+        pytest.param(
+            *(["--config", "v1-paper", "--gpus", "7"], ["pretrain", "batch=4096", "7 GPUs", "4095"]),
+            marks=pytest.mark.slow,
+        ),
         (["--config", "v1-paper", "--mfu", "1.5"], ["mfu=1.5", "share"]),
         (["--config", "v1-paper", "--gpu", "B300"], ["gpu", "H100", "B300"]),
-        (["--config", "v1-paper", "--trainer.micro_batch", "100"], ["micro_batch=100", "512", "divisor"]),
+        pytest.param(
+            *(["--config", "v1-paper", "--trainer.micro_batch", "100"], ["micro_batch=100", "512", "divisor"]),
+            marks=pytest.mark.slow,
+        ),
         (["--config", "v1-paper", "--trainer.precision", "fp32"], ["trainer.precision=fp32", "--peak_tflops"]),
-        (["--config", "v1-paper", "--few", "100"], ["finetune.batch=4096", "100 images"]),
+        pytest.param(
+            *(["--config", "v1-paper", "--few", "100"], ["finetune.batch=4096", "100 images"]), marks=pytest.mark.slow
+        ),
         (["--config", "v1-paper", "--measured", "nowhere.json"], ["nowhere.json", "bench grid"]),
         (["--config", "v1-paper", "--measured", str(REPORT)], ["is no H100"]),
         (["check", "--measured", str(REPORT.with_name("loss-cpu.json"))], ["bench loss", "bench grid"]),

@@ -25,9 +25,9 @@ from fastsimclr.runtime.device import Runtime
 from fastsimclr.runtime.malloc import freed_memory_kept
 from fastsimclr.training.config import TrainerConfig
 from fastsimclr.training.gradient_cache import BUCKET_BYTES, _buckets, backward_in_micro_batches
-from fastsimclr.training.trainer import TrainingJob
+from fastsimclr.training.trainer import Trainer, TrainingJob
 from tests.methods.test_memory import memory_job
-from tests.training.test_trainer import BATCH, TOTAL, At, different, final, fit, job
+from tests.training.test_trainer import BATCH, CPU, TOTAL, At, different, final, fit, job
 
 
 def gradients(objective: Contrastive, images: Tensor, micro: int | None) -> list[Tensor]:
@@ -92,9 +92,8 @@ def test_buckets_hold_every_gradient_once() -> None:
     assert [len(bucket) for bucket in _buckets([large[0], large[0], large[1]])] == [1, 2]
 
 
-@pytest.mark.parametrize(
-    "precision", ["fp32", *(pytest.param(half, marks=pytest.mark.slow) for half in ("bf16", "fp16"))]
-)
+@pytest.mark.slow  # one kind of it, with a memory: tests/methods/test_memory.py
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_training_in_micro_batches_resumes_to_the_bit(tmp_path: Path, precision: str) -> None:
     runtime = Runtime(device=torch.device("cpu"), precision=precision)  # type: ignore[arg-type]
     fit(job(tmp_path / "whole"), runtime, micro_batch=2)
@@ -103,8 +102,13 @@ def test_training_in_micro_batches_resumes_to_the_bit(tmp_path: Path, precision:
         fit(job(half, hooks=(At(6, interrupt),)), runtime, micro_batch=2)
     fit(job(half, resume=True), runtime, micro_batch=2)
     assert different(final(half)["objective"], final(tmp_path / "whole")["objective"], "objective") == []
+
+
+def test_a_resume_with_another_micro_batch_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fit(job(tmp_path, hooks=(At(2, interrupt),)), micro_batch=2, checkpoint_every_steps=1)
     with pytest.raises(CheckpointError, match="micro_batch=2, this run has micro_batch=4"):
-        fit(job(half, resume=True), runtime, micro_batch=4)
+        fit(job(tmp_path, resume=True), micro_batch=4)
 
 
 def interrupt() -> None:
@@ -116,8 +120,10 @@ def test_settings_that_do_not_fit(tmp_path: Path) -> None:
         ValueError, match=r"micro_batch=3 does not divide the 8 images .* pretrain.batch=8; use a divisor"
     ):
         fit(job(tmp_path), micro_batch=3)
-    assert fit(job(tmp_path / "few"), micro_batch=9).micro is None, "no more images than that: all at once"
-    assert fit(job(tmp_path / "separate", kind="supervised"), micro_batch=5).micro == 4, "the largest divisor"
+    config = TrainerConfig(micro_batch=9)
+    assert Trainer(config, CPU, job(tmp_path / "few")).micro is None, "no more images than that: all at once"
+    config = TrainerConfig(micro_batch=5)
+    assert Trainer(config, CPU, job(tmp_path / "some", kind="supervised")).micro == 4, "the largest divisor"
     with pytest.raises(ValueError, match=r"compile=True and trainer.checkpoint_activations=True exclude each other"):
         TrainerConfig(compile=True, checkpoint_activations=True)
     for key in ("compile", "cuda_graph"):
@@ -135,7 +141,9 @@ def made(run: Path, kind: str) -> TrainingJob:
     return memory_job(run) if kind == "memory" else job(run, kind=kind)
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "supervised", "memory"])
+@pytest.mark.parametrize(
+    "kind", ["memory", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("pretrain", "supervised"))]
+)
 def test_checkpointed_activations_change_no_bit(tmp_path: Path, kind: str) -> None:
     """Weights, momentum and BN's running statistics after nine steps; queue and momentum copy."""
     fit(made(tmp_path / "kept", kind))
@@ -232,8 +240,9 @@ def test_other_errors_pass_through(tmp_path: Path) -> None:
         fit(job(tmp_path, hooks=(At(2, fail),)))
 
 
-def test_garbage_waits_for_the_log(tmp_path: Path) -> None:
+def test_garbage_waits_for_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(gc, "get_freeze_count", gc.get_freeze_count.__wrapped__)
     gc.unfreeze()  # of conftest.py
     try:
         fit(job(tmp_path, hooks=(At(3, lambda: seen.append((gc.isenabled(), gc.get_freeze_count() > 0))),)))

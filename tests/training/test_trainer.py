@@ -151,9 +151,9 @@ def each_step(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("kind", "optimizer", "signum"),
     [
         ("pretrain", "lars", signal.SIGTERM),
-        ("pretrain", "sgd", signal.SIGINT),
-        ("supervised", "lars", signal.SIGINT),
-        ("supervised", "sgd", signal.SIGTERM),
+        ("supervised", "sgd", signal.SIGINT),
+        pytest.param("pretrain", "sgd", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("supervised", "lars", signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
 def test_stopped_and_resumed_is_left_alone(tmp_path: Path, kind: str, optimizer: str, signum: int) -> None:
@@ -199,7 +199,7 @@ def test_handlers_are_put_back() -> None:
     assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-@pytest.mark.parametrize("crash_at", [1, 4, 5, 7])
+@pytest.mark.parametrize("crash_at", [1, 5, *(pytest.param(step, marks=pytest.mark.slow) for step in (4, 7))])
 def test_a_crash_costs_only_the_steps_since_the_last_checkpoint(each_step: Path, tmp_path: Path, crash_at: int) -> None:
     def crash() -> None:
         raise MemoryError("as if")
@@ -326,7 +326,7 @@ def test_a_step_never_waits_for_the_gpu(tmp_path: Path, kind: str, precision: st
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
 def test_low_precision_trains_and_resumes_exactly(tmp_path: Path, precision: str) -> None:
     runtime = Runtime(device=torch.device("cpu"), precision=precision)  # type: ignore[arg-type]
     fit(job(tmp_path / "alone"), runtime)
