@@ -61,7 +61,7 @@ def batch_norm(
         )
     which, name = implementation(x, backend), "" if group is None or world == 1 else group.group_name
     found = statistics_op(x.detach(), list(running or ()), factor, which, name, world)
-    y: Tensor = batch_norm_op(x, residual, weight, bias, found, relu, eps, which, name, world)[0]
+    y: Tensor = batch_norm_op(x, residual, relu, which, name, world, weight, bias, found, eps)[0]
     return y
 
 

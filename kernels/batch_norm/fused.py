@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastsimclr.kernels.ahead import Variant
 from fastsimclr.kernels.batch_norm import programs
+from fastsimclr.kernels.batch_norm.reference import Normalisation
 
 TILE, MOST_CHANNELS, LEAST_CHANNELS = 4096, 256, 16
 """Values that a program works on at once, 16 a thread, half as many where rows do not start at multiples of 16
@@ -57,15 +58,7 @@ def _pooled(partials_S2C: Tensor, rows: int, each: int, running: Sequence[Tensor
     return mean_var_2C
 
 
-def apply(
-    x_MC: Tensor,
-    residual_MC: Tensor | None,
-    weight_C: Tensor,
-    bias_C: Tensor | None,
-    mean_var_2C: Tensor,
-    relu: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def apply(x_MC: Tensor, residual_MC: Tensor | None, norm: Normalisation, relu: bool) -> tuple[Tensor, Tensor]:
     """As the reference's, with a bit for each value kept, uint8 [M, ceil(C / 8)]."""
     rows, channels = x_MC.shape
     shape, each, grid = _divided(x_MC, MAPPING)
@@ -74,32 +67,22 @@ def apply(
     bits = torch.empty(kept, dtype=torch.uint8, device=x_MC.device)
     with torch.cuda.device_of(x_MC):  # type: ignore[no-untyped-call]
         programs.apply[grid](
-            x_MC, x_MC if residual_MC is None else residual_MC, weight_C, weight_C if bias_C is None else bias_C,
-            mean_var_2C, y_MC, bits, rows, each, channels, eps,
-            RESIDUAL=residual_MC is not None, BIAS=bias_C is not None, RELU=relu, **shape, **_options(),
+            x_MC, x_MC if residual_MC is None else residual_MC, *_vectors(norm), y_MC, bits,
+            rows, each, channels, norm.eps,
+            RESIDUAL=residual_MC is not None, BIAS=norm.bias_C is not None, RELU=relu, **shape, **_options(),
         )  # fmt: skip
     return y_MC, bits
 
 
-def sums(
-    dy_MC: Tensor,
-    x_MC: Tensor,
-    weight_C: Tensor,
-    bias_C: Tensor | None,
-    mean_var_2C: Tensor,
-    bits: Tensor,
-    relu: bool,
-    eps: float,
-) -> Tensor:
+def sums(dy_MC: Tensor, x_MC: Tensor, norm: Normalisation, bits: Tensor, relu: bool) -> Tensor:
     """As the reference's."""
     rows, channels = x_MC.shape
     shape, each, grid = _divided(x_MC, SUMMING)
     partials_S2C, total_2C = _float(x_MC, grid[1], 2, channels), _float(x_MC, 2, channels)
     with torch.cuda.device_of(x_MC):  # type: ignore[no-untyped-call]
         programs.sums[grid](
-            dy_MC, x_MC, weight_C, weight_C if bias_C is None else bias_C, mean_var_2C, bits, partials_S2C,
-            rows, each, channels, eps,
-            BITS=bool(bits.numel()), BIAS=bias_C is not None, RELU=relu, **shape, **_options(),
+            dy_MC, x_MC, *_vectors(norm), bits, partials_S2C, rows, each, channels, norm.eps,
+            BITS=bool(bits.numel()), BIAS=norm.bias_C is not None, RELU=relu, **shape, **_options(),
         )  # fmt: skip
         programs.add[(_blocks(2 * channels, PART_CHANNELS),)](
             partials_S2C, total_2C, grid[1], 2 * channels, P=PARTS, K=PART_CHANNELS, **_options()
@@ -108,16 +91,7 @@ def sums(
 
 
 def gradient(
-    dy_MC: Tensor,
-    x_MC: Tensor,
-    weight_C: Tensor,
-    bias_C: Tensor | None,
-    mean_var_2C: Tensor,
-    bits: Tensor,
-    total_2C: Tensor,
-    rows: int,
-    relu: bool,
-    eps: float,
+    dy_MC: Tensor, x_MC: Tensor, norm: Normalisation, bits: Tensor, relu: bool, total_2C: Tensor, rows: int
 ) -> tuple[Tensor, Tensor]:
     """As the reference's."""
     M, channels = x_MC.shape
@@ -126,11 +100,16 @@ def gradient(
     dx_MC, dresidual = torch.empty(M, channels, **like), torch.empty((M, channels) if bits.numel() else (0,), **like)
     with torch.cuda.device_of(x_MC):  # type: ignore[no-untyped-call]
         programs.gradient[grid](
-            dy_MC, x_MC, weight_C, weight_C if bias_C is None else bias_C, mean_var_2C, bits, total_2C, dx_MC,
-            dresidual, M, each, channels, 1 / rows, eps,
-            BITS=bool(bits.numel()), BIAS=bias_C is not None, RELU=relu, **shape, **_options(),
+            dy_MC, x_MC, *_vectors(norm), bits, total_2C, dx_MC, dresidual,
+            M, each, channels, 1 / rows, norm.eps,
+            BITS=bool(bits.numel()), BIAS=norm.bias_C is not None, RELU=relu, **shape, **_options(),
         )  # fmt: skip
     return dx_MC, dresidual
+
+
+def _vectors(norm: Normalisation) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, bias, and mean with variance, as programs take them: without a bias they read no second vector."""
+    return norm.weight_C, norm.weight_C if norm.bias_C is None else norm.bias_C, norm.mean_var_2C
 
 
 def _divided(x_MC: Tensor, programs_a_processor: int) -> tuple[dict[str, int], int, tuple[int, int]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from fastsimclr.kernels.batch_norm import reference
+from fastsimclr.kernels.batch_norm.reference import Normalisation
 from fastsimclr.kernels.gather import gather
 
 
@@ -72,34 +73,24 @@ def _(x: Tensor, running: Sequence[Tensor], factor: float, implementation: str, 
 def batch_norm_op(
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    mean_var: Tensor,
     relu: bool,
-    eps: float,
     implementation: str,
     group: str,
     world: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean_var: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """y, and which values ReLU kept where that cannot be worked out again. mean_var: what statistics_op gave for x."""
     residual_MC = None if residual is None else _rows(residual)
-    y_MC, bits = _implementation(implementation).apply(_rows(x), residual_MC, weight, bias, mean_var, relu, eps)
+    norm = Normalisation(weight, bias, mean_var, eps)
+    y_MC, bits = _implementation(implementation).apply(_rows(x), residual_MC, norm, relu)
     return _like(y_MC, x), bits
 
 
 @batch_norm_op.register_fake
-def _(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    mean_var: Tensor,
-    relu: bool,
-    eps: float,
-    implementation: str,
-    group: str,
-    world: int,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, residual: Tensor | None, relu: bool, implementation: str, *_: Any) -> tuple[Tensor, Tensor]:
     channels = x.shape[1]
     shape: tuple[Any, ...] = (0,)
     if relu and residual is not None:
@@ -115,57 +106,48 @@ def batch_norm_backward_op(
     bias: Tensor | None,
     mean_var: Tensor,
     bits: Tensor,
-    relu: bool,
     eps: float,
+    relu: bool,
     implementation: str,
     group: str,
     world: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dresidual (empty where `bits` is), and dbias and dweight, [2, C], of this rank. One exchange in a group."""
     run, x_MC, dy_MC = _implementation(implementation), _rows(x), _rows(dy)
-    own_2C: Tensor = run.sums(dy_MC, x_MC, weight, bias, mean_var, bits, relu, eps)
+    norm = Normalisation(weight, bias, mean_var, eps)
+    own_2C: Tensor = run.sums(dy_MC, x_MC, norm, bits, relu)
     total_2C = own_2C
     if group:
         total_2C = own_2C.clone()
         dist.all_reduce(total_2C, group=_resolve_process_group(group))  # type: ignore[arg-type]
     rows = len(x_MC) * world
-    dx_MC, dresidual = run.gradient(dy_MC, x_MC, weight, bias, mean_var, bits, total_2C, rows, relu, eps)
+    dx_MC, dresidual = run.gradient(dy_MC, x_MC, norm, bits, relu, total_2C, rows)
     return _like(dx_MC, x), _like(dresidual, x) if len(dresidual) else dresidual, own_2C
 
 
 @batch_norm_backward_op.register_fake
 def _(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mean_var: Tensor,
-    bits: Tensor,
-    relu: bool,
-    eps: float,
-    implementation: str,
-    group: str,
-    world: int,
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean_var: Tensor, bits: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _blank(x), _blank(x) if bits.numel() else x.new_empty(0), torch.empty_like(mean_var)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, residual, weight, bias, mean_var, *options = inputs
+    x, residual, *options, weight, bias, mean_var, eps = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, weight, bias, mean_var, output[1])
-    ctx.options, ctx.residual = options, residual is not None
+    ctx.options, ctx.eps, ctx.residual = options, eps, residual is not None
 
 
 def _gradient(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 10
     x, weight, bias, mean_var, bits = ctx.saved_tensors
-    dx, dresidual, sums_2C = batch_norm_backward_op(dy, x, weight, bias, mean_var, bits, *ctx.options)
+    dx, dresidual, sums_2C = batch_norm_backward_op(dy, x, weight, bias, mean_var, bits, ctx.eps, *ctx.options)
     dbias, dweight = sums_2C.unbind()
     residual = (dresidual if ctx.options[0] else dy) if ctx.residual else None
-    return (dx, residual, dweight, None if bias is None else dbias, *(None,) * 6)
+    return (dx, residual, *(None,) * 4, dweight, None if bias is None else dbias, None, None)
 
 
 batch_norm_op.register_autograd(_gradient, setup_context=_remember)

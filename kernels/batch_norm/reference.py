@@ -12,9 +12,19 @@ Ioffe & Szegedy 2015 (arXiv 1502.03167). Ranks that share statistics pool theirs
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Normalisation(NamedTuple):
+    """What a channel's values go through: weight [C], bias [C] or None, mean and biased variance [2, C]."""
+
+    weight_C: Tensor
+    bias_C: Tensor | None
+    mean_var_2C: Tensor
+    eps: float
 
 
 def statistics(x_MC: Tensor, running: Sequence[Tensor], factor: float) -> Tensor:
@@ -35,17 +45,9 @@ def pooled(partials_R2C: Tensor, rows: int, running: Sequence[Tensor], factor: f
     return _tracked(mean_var_2C, rows * len(partials_R2C), running, factor)
 
 
-def apply(
-    x_MC: Tensor,
-    residual_MC: Tensor | None,
-    weight_C: Tensor,
-    bias_C: Tensor | None,
-    mean_var_2C: Tensor,
-    relu: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def apply(x_MC: Tensor, residual_MC: Tensor | None, norm: Normalisation, relu: bool) -> tuple[Tensor, Tensor]:
     """y of x's dtype, and uint8 [M, C], where ReLU keeps a value; empty unless there are both ReLU and residual."""
-    v_MC = _scaled(x_MC, weight_C, bias_C, mean_var_2C, eps)
+    v_MC = _scaled(x_MC, norm)
     if residual_MC is not None:
         v_MC = v_MC + residual_MC
     y_MC = v_MC.to(x_MC.dtype)
@@ -53,38 +55,20 @@ def apply(
     return y_MC.relu() if relu else y_MC, kept
 
 
-def sums(
-    dy_MC: Tensor,
-    x_MC: Tensor,
-    weight_C: Tensor,
-    bias_C: Tensor | None,
-    mean_var_2C: Tensor,
-    kept: Tensor,
-    relu: bool,
-    eps: float,
-) -> Tensor:
+def sums(dy_MC: Tensor, x_MC: Tensor, norm: Normalisation, kept: Tensor, relu: bool) -> Tensor:
     """The sums of d and of d xhat, [2, C]."""
-    d_MC = _kept_gradient(dy_MC, x_MC, weight_C, bias_C, mean_var_2C, kept, relu, eps)
-    return torch.stack((d_MC.sum(0), (d_MC * _normalised(x_MC, mean_var_2C, eps)).sum(0)))
+    d_MC = _kept_gradient(dy_MC, x_MC, norm, kept, relu)
+    return torch.stack((d_MC.sum(0), (d_MC * _normalised(x_MC, norm)).sum(0)))
 
 
 def gradient(
-    dy_MC: Tensor,
-    x_MC: Tensor,
-    weight_C: Tensor,
-    bias_C: Tensor | None,
-    mean_var_2C: Tensor,
-    kept: Tensor,
-    total_2C: Tensor,
-    rows: int,
-    relu: bool,
-    eps: float,
+    dy_MC: Tensor, x_MC: Tensor, norm: Normalisation, kept: Tensor, relu: bool, total_2C: Tensor, rows: int
 ) -> tuple[Tensor, Tensor]:
     """dx, and dresidual, empty where `kept` is. total_2C: the sums over `rows`, those of all ranks."""
-    d_MC = _kept_gradient(dy_MC, x_MC, weight_C, bias_C, mean_var_2C, kept, relu, eps)
-    scale_C = weight_C * (mean_var_2C[1] + eps).rsqrt()
+    d_MC = _kept_gradient(dy_MC, x_MC, norm, kept, relu)
+    scale_C = norm.weight_C * (norm.mean_var_2C[1] + norm.eps).rsqrt()
     means_2C = total_2C / rows
-    dx_MC = scale_C * (d_MC - means_2C[0] - _normalised(x_MC, mean_var_2C, eps) * means_2C[1])
+    dx_MC = scale_C * (d_MC - means_2C[0] - _normalised(x_MC, norm) * means_2C[1])
     return dx_MC.to(x_MC.dtype), d_MC.to(x_MC.dtype) if kept.numel() else x_MC.new_empty(0)
 
 
@@ -98,28 +82,20 @@ def _tracked(mean_var_2C: Tensor, rows: int, running: Sequence[Tensor], factor: 
     return mean_var_2C
 
 
-def _normalised(x_MC: Tensor, mean_var_2C: Tensor, eps: float) -> Tensor:
-    return (_wide(x_MC) - mean_var_2C[0]) * (mean_var_2C[1] + eps).rsqrt()
+def _normalised(x_MC: Tensor, norm: Normalisation) -> Tensor:
+    mean_C, var_C = norm.mean_var_2C.unbind()
+    return (_wide(x_MC) - mean_C) * (var_C + norm.eps).rsqrt()
 
 
-def _scaled(x_MC: Tensor, weight_C: Tensor, bias_C: Tensor | None, mean_var_2C: Tensor, eps: float) -> Tensor:
-    v_MC = _normalised(x_MC, mean_var_2C, eps) * weight_C
-    return v_MC if bias_C is None else v_MC + bias_C
+def _scaled(x_MC: Tensor, norm: Normalisation) -> Tensor:
+    v_MC = _normalised(x_MC, norm) * norm.weight_C
+    return v_MC if norm.bias_C is None else v_MC + norm.bias_C
 
 
-def _kept_gradient(
-    dy_MC: Tensor,
-    x_MC: Tensor,
-    weight_C: Tensor,
-    bias_C: Tensor | None,
-    mean_var_2C: Tensor,
-    kept: Tensor,
-    relu: bool,
-    eps: float,
-) -> Tensor:
+def _kept_gradient(dy_MC: Tensor, x_MC: Tensor, norm: Normalisation, kept: Tensor, relu: bool) -> Tensor:
     """d: what ReLU leaves of dy."""
     if not relu:
         return _wide(dy_MC)
     if not kept.numel():
-        kept = ~(_scaled(x_MC, weight_C, bias_C, mean_var_2C, eps).to(x_MC.dtype) <= 0)
+        kept = ~(_scaled(x_MC, norm).to(x_MC.dtype) <= 0)
     return torch.where(kept.bool(), _wide(dy_MC), 0)

@@ -101,16 +101,16 @@ def nt_xent(
     world = 1 if group is None else dist.get_world_size(group)
     loss, top1, top5, *_ = nt_xent_op(
         x,
+        None if bank is None else bank.detach(),
+        None if keys is None else keys.detach(),
+        _implementation(x, backend),
+        world,
         1.0 if isinstance(temperature, Tensor) else float(temperature),
         temperature if isinstance(temperature, Tensor) else None,
         None if weights is None else weights.detach(),
-        None if bank is None else bank.detach(),
         2.0 if scaling == "google" else 1.0,
         block_rows or 0,
-        _implementation(x, backend),
         "" if group is None or world == 1 else group.group_name,
-        world,
-        None if keys is None else keys.detach(),
     )
     return NtXent(loss, top1, top5)
 

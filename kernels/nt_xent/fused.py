@@ -22,7 +22,7 @@ from fastsimclr.kernels.gather import gather, gather_in_place
 from fastsimclr.kernels.nt_xent import packing, programs
 from fastsimclr.kernels.nt_xent.layout import CHUNK, DEEP, packed, padded_rows
 from fastsimclr.kernels.nt_xent.rectangular import maximum_is_fixed
-from fastsimclr.kernels.nt_xent.state import State
+from fastsimclr.kernels.nt_xent.state import Inputs, State
 
 
 class Tile(NamedTuple):
@@ -62,17 +62,9 @@ class _Columns(NamedTuple):
     all_splits: int
 
 
-def forward(
-    x: Tensor,
-    temperature: float | Tensor,
-    weights_M: Tensor | None,
-    bank: Tensor | None,
-    factor: float,
-    block_rows: int,
-    group: dist.ProcessGroup | None,
-    keys: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, State]:
-    """Loss, top1, top5 and what the backward needs; as the reference's `forward`, whose block_rows it ignores."""
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, State]:
+    """Loss, top1, top5 and what the backward needs."""
+    x, temperature, weights_M, bank, keys, factor, _, group = inputs
     m, dim = x.shape
     bank_rows = 0 if bank is None else len(bank)
     world, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,7 +14,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # type: i
 
 from fastsimclr.kernels.gather import gather
 from fastsimclr.kernels.nt_xent import reference
-from fastsimclr.kernels.nt_xent.state import State
+from fastsimclr.kernels.nt_xent.state import Inputs, State
 from fastsimclr.kernels.precision import full_precision
 
 
@@ -32,21 +33,21 @@ def _group(name: str) -> dist.ProcessGroup | None:
 @torch.library.custom_op("fastsimclr::nt_xent", mutates_args=())
 def nt_xent_op(
     x: Tensor,
+    bank: Tensor | None,
+    keys: Tensor | None,
+    implementation: str,
+    world: int,
     temperature: float,
     temperature_tensor: Tensor | None,
     weights: Tensor | None,
-    bank: Tensor | None,
     factor: float,
     block_rows: int,
-    implementation: str,
     group: str,
-    world: int,
-    keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, top1, top5 and the six tensors of State. temperature counts where temperature_tensor is None.
+    """Loss, top1, top5 and the six tensors of State. The arguments that their shapes depend on come first.
 
-    factor: on the loss. block_rows: 0 chooses. group: its name, "" for one process. world: its number of ranks. keys:
-    [2N, D] or None.
+    keys: [2N, D] or None. world: number of ranks of the group. temperature counts where temperature_tensor is None.
+    factor: on the loss. block_rows: 0 chooses. group: its name, "" for one process.
     Raises ValueError where a tensor's values, looked at on a CPU only, or the ranks' shapes are wrong.
     """
     ranks = _group(group)
@@ -66,23 +67,13 @@ def nt_xent_op(
     t = temperature if temperature_tensor is None else temperature_tensor
     run = _implementation(implementation).forward
     with full_precision(x.device):
-        loss, top1, top5, state = run(x, t, weights, bank, factor, block_rows, ranks, keys)
+        loss, top1, top5, state = run(Inputs(x, t, weights, bank, keys, factor, block_rows, ranks))
     return loss, top1, top5, *state
 
 
 @nt_xent_op.register_fake
 def _(
-    x: Tensor,
-    temperature: float,
-    temperature_tensor: Tensor | None,
-    weights: Tensor | None,
-    bank: Tensor | None,
-    factor: float,
-    block_rows: int,
-    implementation: str,
-    group: str,
-    world: int,
-    keys: Tensor | None = None,
+    x: Tensor, bank: Tensor | None, keys: Tensor | None, implementation: str, world: int, *_: Any
 ) -> tuple[Tensor, ...]:
     rows, images = x.shape[0] * world, x.shape[0]
     rank_rows = 0 if keys is None else images
@@ -106,82 +97,58 @@ def _(
 @torch.library.custom_op("fastsimclr::nt_xent_backward", mutates_args=())
 def nt_xent_backward_op(
     upstream: Tensor,
-    z: Tensor,
-    inverse: Tensor,
-    column: Tensor,
-    pull: Tensor,
-    largest: Tensor,
-    slope: Tensor,
-    temperature: float,
+    state: Sequence[Tensor],
     temperature_tensor: Tensor | None,
     dim: int,
+    dtype: torch.dtype,
     bank_rows: int,
+    keyed: bool,
+    implementation: str,
+    world: int,
+    temperature: float,
     factor: float,
     block_rows: int,
-    implementation: str,
     group: str,
-    world: int,
-    dtype: torch.dtype,
-    keyed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """dx [2N, D] of `dtype`, and dL/dt, 0 where the temperature is a number; arguments as nt_xent_op's and State's.
+    """dx [2N, D] of `dtype`, and dL/dt, 0 where the temperature is a number; other arguments as nt_xent_op's.
 
-    keyed: whether the forward had keys.
+    state: the tensors of State. keyed: whether the forward had keys.
     """
-    ranks = _group(group)
-    first_column = 0 if ranks is None else dist.get_rank(ranks) * len(inverse)
+    ranks, kept = _group(group), State(*state)
+    first_column = 0 if ranks is None else dist.get_rank(ranks) * len(kept.inverse)
     t = temperature if temperature_tensor is None else temperature_tensor
-    state = State(z, inverse, column, pull, largest, slope)
     run = _implementation(implementation).backward
     if implementation == "reference":
-        with full_precision(z.device):
-            dx, dt = run(upstream, state, t, factor, block_rows, first_column, dtype, keyed)
+        with full_precision(kept.z.device):
+            dx, dt = run(upstream, kept, t, factor, block_rows, first_column, dtype, keyed)
     else:
-        dx, dt = run(upstream, state, t, factor, first_column, dtype, world, dim, bank_rows, keyed)
+        dx, dt = run(upstream, kept, t, factor, first_column, dtype, world, dim, bank_rows, keyed)
     return dx, dt
 
 
 @nt_xent_backward_op.register_fake
 def _(
-    upstream: Tensor,
-    z: Tensor,
-    inverse: Tensor,
-    column: Tensor,
-    pull: Tensor,
-    largest: Tensor,
-    slope: Tensor,
-    temperature: float,
-    temperature_tensor: Tensor | None,
-    dim: int,
-    bank_rows: int,
-    factor: float,
-    block_rows: int,
-    implementation: str,
-    group: str,
-    world: int,
-    dtype: torch.dtype,
-    keyed: bool = False,
+    upstream: Tensor, state: Sequence[Tensor], heat: Tensor | None, dim: int, dtype: torch.dtype, *_: Any
 ) -> tuple[Tensor, Tensor]:
+    inverse = State(*state).inverse
     return inverse.new_empty(inverse.shape[0], dim, dtype=dtype), inverse.new_empty(())
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, temperature, temperature_tensor, _, bank, factor, block_rows, implementation, group, world, keys = inputs
+    x, bank, keys, implementation, world, temperature, temperature_tensor, _, *rest = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[3:], temperature_tensor)
-    ctx.sizes = x.shape[1], 0 if bank is None else bank.shape[0]
-    ctx.options = temperature, factor, block_rows, implementation, group, world
-    ctx.dtype, ctx.keyed = x.dtype, keys is not None
+    shapes = x.shape[1], x.dtype, 0 if bank is None else bank.shape[0], keys is not None
+    ctx.options = *shapes, implementation, world, temperature, *rest
 
 
 def _gradient(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None,) * 11
     *state, heat = ctx.saved_tensors
-    temperature, *rest = ctx.options
-    dx, dt = nt_xent_backward_op(upstream, *state, temperature, heat, *ctx.sizes, *rest, ctx.dtype, ctx.keyed)
-    return (dx, None, None if heat is None else dt.to(heat.dtype), *(None,) * 8)
+    dx, dt = nt_xent_backward_op(upstream, state, heat, *ctx.options)
+    return (dx, *(None,) * 5, None if heat is None else dt.to(heat.dtype), *(None,) * 4)
 
 
 nt_xent_op.register_autograd(_gradient, setup_context=_remember)

@@ -37,7 +37,7 @@ from fastsimclr.kernels.nt_xent.rectangular import (
     row_statistics_of_all,
     scaled_products,
 )
-from fastsimclr.kernels.nt_xent.state import State
+from fastsimclr.kernels.nt_xent.state import Inputs, State
 
 BLOCK_ELEMENTS, BLOCK_ELEMENTS_ELSEWHERE = 2**18, 2**26
 """Similarities held at once when the caller names no block size: 1 MiB of float32, which a CPU core's cache holds; 256
@@ -47,21 +47,13 @@ MINIMUM_ROWS = 64
 """Fewer rows a block leave the matrix product short of work, whatever the cache holds."""
 
 
-def forward(
-    x: Tensor,
-    temperature: float | Tensor,
-    weights_M: Tensor | None,
-    bank: Tensor | None,
-    factor: float,
-    block_rows: int,
-    group: dist.ProcessGroup | None,
-    keys: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, State]:
-    """Loss, top1, top5 and what the backward needs; arguments as the entry has checked them, a factor on the loss.
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, State]:
+    """Loss, top1, top5 and what the backward needs.
 
     Half precision is worked on in float32, also under autocast. Memory is O((W 2N + K) (D + rows)), with keys 2N D
     more.
     """
+    x, temperature, weights_M, bank, keys, factor, block_rows, group = inputs
     x_MD = x if x.dtype == torch.float64 else x.float()
     m, n, bank_rows = len(x_MD), len(x_MD) // 2, 0 if bank is None else len(bank)
     world, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))

@@ -1,10 +1,27 @@
-"""What NT-Xent's forward leaves to its backward, whatever the implementation."""
+"""What NT-Xent's forward takes, and what it leaves to its backward, whatever the implementation."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor
+
+
+class Inputs(NamedTuple):
+    """The arguments of nt_xent as it has checked them; weights are [2N].
+
+    factor: on the loss. block_rows: rows that the reference works on at once, 0 chooses; the fused kernels ignore it.
+    """
+
+    x: Tensor
+    temperature: float | Tensor
+    weights: Tensor | None = None
+    bank: Tensor | None = None
+    keys: Tensor | None = None
+    factor: float = 1.0
+    block_rows: int = 0
+    group: dist.ProcessGroup | None = None
 
 
 class State(NamedTuple):

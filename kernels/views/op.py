@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -126,16 +126,16 @@ def render(pixels: Pixels, params: Params, look: Look, backend: Backend) -> Tens
         _expect(name, getattr(params, name), kind, shape, torch.device("cpu") if name == "extent" else device)
     views: Tensor = make_views_op(
         pixels.buffer,
+        [getattr(params, name) for name in FIELDS],
+        size,
+        dtype,
         [tensor for tensor in (pixels.offsets, pixels.heights, pixels.widths) if tensor is not None],
         pixels.ids,
-        [getattr(params, name) for name in FIELDS],
         ",".join(sorted(params.ops)),
-        size,
         semantics,
         brightness,
         mean,
         std,
-        dtype,
         implementation,
     )
     return views
@@ -150,20 +150,22 @@ def _expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...
 @torch.library.custom_op("fastsimclr::make_views", mutates_args=())
 def make_views_op(
     buffer: Tensor,
+    columns: Sequence[Tensor],
+    size: int,
+    dtype: torch.dtype,
     described: Sequence[Tensor],
     ids: Tensor | None,
-    columns: Sequence[Tensor],
     ops: str,
-    size: int,
     semantics: str,
     brightness: str,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
-    dtype: torch.dtype,
     implementation: str,
 ) -> Tensor:
-    """make_views with its arguments unpacked. described: offsets, heights, widths, or nothing where the buffer has four
-    dimensions. columns: those of FIELDS. ops: joined by commas. implementation: fused or reference.
+    """make_views with its arguments unpacked, those that the result's shape depends on first.
+
+    columns: those of FIELDS. described: offsets, heights, widths, or nothing where the buffer has four dimensions.
+    ops: joined by commas. implementation: fused or reference.
     """
     offsets, heights, widths = described if described else (None, None, None)
     pixels = Pixels(buffer=buffer, offsets=offsets, heights=heights, widths=widths, ids=ids)
@@ -191,20 +193,7 @@ def make_views_op(
 
 
 @make_views_op.register_fake
-def _(
-    buffer: Tensor,
-    described: Sequence[Tensor],
-    ids: Tensor | None,
-    columns: Sequence[Tensor],
-    ops: str,
-    size: int,
-    semantics: str,
-    brightness: str,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    dtype: torch.dtype,
-    implementation: str,
-) -> Tensor:
+def _(buffer: Tensor, columns: Sequence[Tensor], size: int, dtype: torch.dtype, *_: Any) -> Tensor:
     return _blank(buffer, columns[0].shape[0], size, dtype)
 
 

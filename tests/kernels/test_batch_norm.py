@@ -226,11 +226,11 @@ def test_the_operators_keep_their_promises(which: str) -> None:
         running = [torch.zeros(5, device=DEVICE), torch.ones(5, device=DEVICE)]
         state = statistics_op(x, running, 0.1, which, "", 1)
         torch.library.opcheck(statistics_op, (x, running, 0.1, which, "", 1))
-        options = (state, True, 1e-5, which, "", 1)
+        options, norm = (True, which, "", 1), (weight, bias, state)
         leaf = x.clone().requires_grad_()
-        torch.library.opcheck(batch_norm_op, (leaf, residual, weight, bias, *options))
-        bits = batch_norm_op(x, residual, weight, bias, *options)[1]
-        torch.library.opcheck(batch_norm_backward_op, (dy, x, weight, bias, state, bits, *options[1:]))
+        torch.library.opcheck(batch_norm_op, (leaf, residual, *options, *norm, 1e-5))
+        bits = batch_norm_op(x, residual, *options, *norm, 1e-5)[1]
+        torch.library.opcheck(batch_norm_backward_op, (dy, x, *norm, bits, 1e-5, *options))
 
         def y(x: Tensor, mean: Tensor, var: Tensor, residual: Tensor | None = residual) -> Tensor:
             weight = torch.ones(5, device=DEVICE)

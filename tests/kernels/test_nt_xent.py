@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsimclr.kernels.nt_xent import nt_xent, reference
+from fastsimclr.kernels.nt_xent.state import Inputs
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "google-simclr-oracle.npz"
 
@@ -179,7 +180,7 @@ def test_memory_is_streamed_and_nothing_waits_for_the_device(temperature: float)
     x = projections(m // 2, dim, dtype=torch.float32)
     # The operator's body itself: a dispatch mode does not see what runs inside a custom operator.
     with Spy() as spy:
-        loss, _, _, state = reference.forward(x, temperature, None, None, 1.0, rows, None)
+        loss, _, _, state = reference.forward(Inputs(x, temperature, block_rows=rows))
         reference.backward(torch.ones_like(loss), state, temperature, 1.0, rows, 0, x.dtype)
     assert spy.operators.count("aten.addmm_.default") > 3 * m // rows
     assert m * dim <= spy.largest <= rows * m < m * m // 2

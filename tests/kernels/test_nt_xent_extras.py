@@ -13,6 +13,7 @@ from torch import Tensor
 from fastsimclr.distributed.ranks import Ranks
 from fastsimclr.kernels.nt_xent import nt_xent, reference
 from fastsimclr.kernels.nt_xent.op import nt_xent_backward_op, nt_xent_op
+from fastsimclr.kernels.nt_xent.state import Inputs
 from tests.kernels.nt_xent_oracle import normalised, pairs, whole_matrix
 
 Pool = Callable[..., list[Any]]
@@ -129,7 +130,7 @@ def test_a_temperature_tensor_not_above_zero(temperature: float) -> None:
     with pytest.raises(ValueError, match=r"temperature holds .* not above 0"):
         nt_xent(x, t)
     # On a device nobody looks: the operator's body gives NaN.
-    loss, _, _, state = reference.forward(x, t, None, None, 1.0, 0, None)
+    loss, _, _, state = reference.forward(Inputs(x, t))
     dx, dt = reference.backward(torch.ones(()), state, t, 1.0, 0, 0, x.dtype)
     assert loss.isnan() and dx.isnan().all() and dt.isnan()
 
@@ -138,7 +139,7 @@ def test_a_negative_weight() -> None:
     x, weights = pairs(3, 4), torch.tensor([1.0, -1.0, 1.0])
     with pytest.raises(ValueError, match=r"weights holds -1.0, which is not 0 or more"):
         nt_xent(x, 0.1, weights=weights)
-    assert reference.forward(x, 0.1, weights.repeat(2), None, 1.0, 0, None)[0].isnan()
+    assert reference.forward(Inputs(x, 0.1, weights.repeat(2)))[0].isnan()
 
 
 @pytest.mark.parametrize(
@@ -166,11 +167,11 @@ def test_bad_input_is_named(options: dict[str, Any], message: str) -> None:
 def test_the_operators_are_well_formed_and_compile_in_one_graph() -> None:
     x, weights, bank = pairs(5, 4), torch.rand(10), torch.randn(3, 4)
     t = torch.tensor(0.2, requires_grad=True)
-    arguments = (x.clone().requires_grad_(), 1.0, t, weights, bank, 1.0, 0, "reference", "", 1)
+    arguments = (x.clone().requires_grad_(), bank, None, "reference", 1, 1.0, t, weights, 1.0, 0, "")
     torch.library.opcheck(nt_xent_op, arguments)
-    state = nt_xent_op(x, 0.1, None, None, None, 1.0, 0, "reference", "", 1)[3:]
-    options = (0.1, None, 4, 0, 1.0, 0, "reference", "", 1, torch.float32)
-    torch.library.opcheck(nt_xent_backward_op, (torch.ones(()), *state, *options))
+    state = nt_xent_op(x, None, None, "reference", 1, 0.1, None, None, 1.0, 0, "")[3:]
+    options = (None, 4, torch.float32, 0, False, "reference", 1, 0.1, 1.0, 0, "")
+    torch.library.opcheck(nt_xent_backward_op, (torch.ones(()), list(state), *options))
 
     def loss(y: Tensor, s: Tensor) -> Tensor:
         return nt_xent(y * 2, s, weights=weights, bank=bank).loss * 3

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastsimclr.distributed.ranks import Ranks
 from fastsimclr.kernels.nt_xent import fused, nt_xent
 from fastsimclr.kernels.nt_xent.op import nt_xent_backward_op, nt_xent_op
+from fastsimclr.kernels.nt_xent.state import Inputs
 from tests.exchanges import Exchanges
 from tests.kernels.nt_xent_oracle import pairs, top, whole_matrix
 
@@ -59,7 +60,7 @@ def kernel(x: Tensor, temperature: float | Tensor, **options: Any) -> tuple[Any,
 
 def packed(x: Tensor, bank: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What the kernels hold of x and the bank, as float64: fp16 vectors."""
-    z = fused.forward(x, 0.5, None, bank, 1.0, 0, None)[3].z[:, : x.shape[1]].double()
+    z = fused.forward(Inputs(x, 0.5, bank=bank))[3].z[:, : x.shape[1]].double()
     start = -(-len(x) // 128) * 128
     return z[: len(x)], z[start : start + (0 if bank is None else len(bank))]
 
@@ -208,7 +209,7 @@ def test_half_precision_also_not_contiguous_under_autocast(dtype: torch.dtype) -
 def test_packing_rounds_the_normalised_rows() -> None:
     x = pairs(9, 33).to(DEVICE)
     x[4] = 0
-    z = fused.forward(x, 0.5, None, x[:3], 1.0, 0, None)[3].z
+    z = fused.forward(Inputs(x, 0.5, bank=x[:3]))[3].z
     assert z.shape == (256, 64) and z.dtype == torch.float16
     exact = torch.nn.functional.normalize(x.double())
     torch.testing.assert_close(z[:18, :33].double(), exact, rtol=2**-11 * 1.001, atol=2**-25)
@@ -240,11 +241,11 @@ def test_nan_and_infinity_reach_everything(bad: float, temperature: Any) -> None
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
 def test_a_bad_temperature_on_the_device_gives_nan(temperature: float) -> None:
     t, x = torch.tensor(temperature, device=DEVICE), pairs(3, 4).to(DEVICE)
-    loss, _, _, state = fused.forward(x, t, None, None, 1.0, 0, None)
+    loss, _, _, state = fused.forward(Inputs(x, t))
     dx, dt = fused.backward(torch.ones((), device=DEVICE), state, t, 1.0, 0, x.dtype, 1, 4, 0)
     assert loss.isnan() and dx.isnan().all() and dt.isnan()
     weights = torch.tensor([1.0, -1, 1, 1, 1, 1], device=DEVICE)
-    assert fused.forward(x, 0.1, weights, None, 1.0, 0, None)[0].isnan()
+    assert fused.forward(Inputs(x, 0.1, weights))[0].isnan()
 
 
 @pytest.mark.parametrize("temperature", [0.001, 0.0249, 0.025, 0.03])
@@ -296,10 +297,10 @@ def test_what_fused_does_not_take(x: Tensor) -> None:
 def test_the_operators_are_well_formed_and_compile_in_one_graph() -> None:
     x, weights, bank = pairs(5, 4).to(DEVICE), torch.rand(10, device=DEVICE), torch.randn(3, 4, device=DEVICE)
     t = torch.tensor(0.2, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(nt_xent_op, (x.clone().requires_grad_(), 1.0, t, weights, bank, 1.0, 0, "fused", "", 1))
-    state = nt_xent_op(x, 0.1, None, None, None, 1.0, 0, "fused", "", 1)[3:]
-    options = (0.1, None, 4, 0, 1.0, 0, "fused", "", 1, torch.float32)
-    torch.library.opcheck(nt_xent_backward_op, (torch.ones((), device=DEVICE), *state, *options))
+    torch.library.opcheck(nt_xent_op, (x.clone().requires_grad_(), bank, None, "fused", 1, 1.0, t, weights, 1.0, 0, ""))
+    state = nt_xent_op(x, None, None, "fused", 1, 0.1, None, None, 1.0, 0, "")[3:]
+    options = (None, 4, torch.float32, 0, False, "fused", 1, 0.1, 1.0, 0, "")
+    torch.library.opcheck(nt_xent_backward_op, (torch.ones((), device=DEVICE), list(state), *options))
     compiled = torch.compile(
         lambda y: nt_xent(y * 2, 0.1, bank=bank, backend="fused").loss, backend="aot_eager", fullgraph=True
     )
@@ -325,7 +326,7 @@ def on_a_rank(ranks: Ranks, x: Tensor, temperature: float, tensor: bool, weights
         )
         out.loss.backward()  # type: ignore[no-untyped-call]
         with Exchanges() as forward:
-            loss, _, _, state = fused.forward(x[own], temperature, None, None, 1.0, 0, ranks.group)
+            loss, _, _, state = fused.forward(Inputs(x[own], temperature, group=ranks.group))
         with Exchanges() as backward:
             first = ranks.rank * len(own)
             fused.backward(torch.ones_like(loss), state, temperature, 1.0, first, x.dtype, ranks.world, x.shape[1], 0)

@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 from fastsimclr.distributed.ranks import Ranks
 from fastsimclr.kernels.nt_xent import nt_xent, reference
 from fastsimclr.kernels.nt_xent.op import nt_xent_backward_op, nt_xent_op
+from fastsimclr.kernels.nt_xent.state import Inputs
 from tests.exchanges import Exchanges
 from tests.kernels.nt_xent_oracle import pairs
 
@@ -122,9 +123,8 @@ def on_a_rank(ranks: Ranks, given: dict[str, Any], temperature: float) -> Any:
     mine = {name: value if name == "bank" else value[own] for name, value in given.items()}
     result = found(mine, temperature, block_rows=3, group=ranks.group)
     with Exchanges() as forward:
-        loss, _, _, state = reference.forward(
-            mine["x"], temperature, None, mine["bank"], 1.0, 0, ranks.group, mine["keys"]
-        )
+        inputs = Inputs(mine["x"], temperature, bank=mine["bank"], keys=mine["keys"], group=ranks.group)
+        loss, _, _, state = reference.forward(inputs)
     with Exchanges() as backward:
         reference.backward(
             torch.ones_like(loss), state, temperature, 1.0, 0, ranks.rank * len(own), loss.dtype, keyed=True
@@ -201,11 +201,11 @@ def test_bad_keys_are_named(keys: Tensor, message: str) -> None:
 def test_the_operators_are_well_formed_and_compile_in_one_graph() -> None:
     x, keys, bank = (pairs(5, 4, seed=seed) for seed in range(3))
     torch.library.opcheck(
-        nt_xent_op, (x.clone().requires_grad_(), 0.1, None, None, bank, 1.0, 0, "reference", "", 1, keys)
+        nt_xent_op, (x.clone().requires_grad_(), bank, keys, "reference", 1, 0.1, None, None, 1.0, 0, "")
     )
-    state = nt_xent_op(x, 0.1, None, None, None, 1.0, 0, "reference", "", 1, keys)[3:]
-    options = (0.1, None, 4, 0, 1.0, 0, "reference", "", 1, torch.float32, True)
-    torch.library.opcheck(nt_xent_backward_op, (torch.ones(()), *state, *options))
+    state = nt_xent_op(x, None, keys, "reference", 1, 0.1, None, None, 1.0, 0, "")[3:]
+    options = (None, 4, torch.float32, 0, True, "reference", 1, 0.1, 1.0, 0, "")
+    torch.library.opcheck(nt_xent_backward_op, (torch.ones(()), list(state), *options))
     compiled = torch.compile(lambda y: nt_xent(2 * y, 0.1, keys=keys).loss, backend="aot_eager", fullgraph=True)
     leaf = x.clone().requires_grad_()
     compiled(leaf).backward()  # type: ignore[no-untyped-call]

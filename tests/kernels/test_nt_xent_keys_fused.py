@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 from fastsimclr.distributed.ranks import Ranks
 from fastsimclr.kernels.nt_xent import fused, nt_xent
 from fastsimclr.kernels.nt_xent.op import nt_xent_backward_op, nt_xent_op
+from fastsimclr.kernels.nt_xent.state import Inputs
 from tests.exchanges import Exchanges
 from tests.kernels.nt_xent_oracle import pairs
 
@@ -85,7 +86,7 @@ def whole_matrix(q_MD: Tensor, k_MD: Tensor, t: Tensor, weights_M: Tensor, bank_
 def oracle(given: dict[str, Any], temperature: float) -> dict[str, Tensor]:
     """float64 autograd on the fp16 vectors that the kernels hold: keys, bank and this rank's rows."""
     x, bank, m = given["x"], given.get("bank"), len(given["x"])
-    packed = fused.forward(x, 0.5, None, bank, 1.0, 0, None, given["keys"])[3].z[:, : x.shape[1]].double()
+    packed = fused.forward(Inputs(x, 0.5, bank=bank, keys=given["keys"]))[3].z[:, : x.shape[1]].double()
     start = -(-m // 128) * 128
     z, keys = packed[-m:].clone().requires_grad_(), packed[:m]
     z_bank = packed[start : start + (0 if bank is None else len(bank))]
@@ -168,7 +169,7 @@ def test_rows_in_half_precision_also_not_contiguous_under_autocast(dtype: torch.
 def test_packing_puts_keys_bank_and_rows_in_their_places() -> None:
     given = case(9, 33, 3)
     given["x"][4], given["keys"][7] = 0, 0
-    z = fused.forward(given["x"], 0.5, None, given["bank"], 1.0, 0, None, given["keys"])[3].z
+    z = fused.forward(Inputs(given["x"], 0.5, bank=given["bank"], keys=given["keys"]))[3].z
     assert z.shape == (256 + 18, 64) and z.dtype == torch.float16
     for rows, start in ((given["keys"], 0), (given["bank"], 128), (given["x"], 256)):
         exact = normalize(rows.double())
@@ -198,12 +199,12 @@ def test_a_single_pair() -> None:
 def test_the_operators_say_the_shapes_they_give(small_tiles: None) -> None:
     """What torch.compile relies on: the fake implementations against the real ones."""
     given = case(5, 4, 3)
-    arguments = (given["x"], 0.1, None, None, given["bank"], 1.0, 0, "fused", "", 1, given["keys"])
+    arguments = (given["x"], given["bank"], given["keys"], "fused", 1, 0.1, None, None, 1.0, 0, "")
     torch.library.opcheck(nt_xent_op, arguments, test_utils="test_faketensor")
     state = nt_xent_op(*arguments)[3:]
-    options = (0.1, None, 4, 3, 1.0, 0, "fused", "", 1, torch.float32, True)
+    options = (None, 4, torch.float32, 3, True, "fused", 1, 0.1, 1.0, 0, "")
     torch.library.opcheck(
-        nt_xent_backward_op, (torch.ones((), device=DEVICE), *state, *options), test_utils="test_faketensor"
+        nt_xent_backward_op, (torch.ones((), device=DEVICE), list(state), *options), test_utils="test_faketensor"
     )
 
 
@@ -220,7 +221,7 @@ def on_a_rank(ranks: Ranks, given: dict[str, Any], temperature: float) -> Any:
     with np.errstate(all="ignore"):
         out, dx = kernel(mine, t, group=ranks.group)
         with Exchanges() as forward:
-            loss, _, _, state = fused.forward(mine["x"], 0.1, None, None, 1.0, 0, ranks.group, mine["keys"])
+            loss, _, _, state = fused.forward(Inputs(mine["x"], 0.1, keys=mine["keys"], group=ranks.group))
         with Exchanges() as backward:
             sizes = ranks.world, mine["x"].shape[1], 0
             fused.backward(torch.ones_like(loss), state, 0.1, 1.0, ranks.rank * len(own), dx.dtype, *sizes, keyed=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastsimclr.distributed.ranks import Ranks
 from fastsimclr.kernels.gather import all_gather_rows, gather
 from fastsimclr.kernels.nt_xent import nt_xent, reference
+from fastsimclr.kernels.nt_xent.state import Inputs
 from tests.exchanges import Exchanges
 
 Pool = Callable[..., list[Any]]
@@ -131,7 +132,7 @@ def collectives(ranks: Ranks) -> tuple[list[str], list[str]]:
     """Of the operators' bodies: a dispatch mode does not see what runs inside a custom operator."""
     x = projections(8)[own_rows(ranks, 8)]
     with Exchanges() as forward:
-        loss, _, _, state = reference.forward(x, 0.5, None, None, 1.0, 0, ranks.group)
+        loss, _, _, state = reference.forward(Inputs(x, 0.5, group=ranks.group))
     with Exchanges() as backward:
         reference.backward(torch.ones_like(loss), state, 0.5, 1.0, 0, ranks.rank * len(x), x.dtype)
     return forward.names, backward.names

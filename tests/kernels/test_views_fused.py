@@ -429,5 +429,5 @@ def test_the_operation_keeps_its_promises(implementation: str) -> None:
     assert {f.name for f in dataclasses.fields(params)[:-1]} == set(FIELDS)
     described = [there.offsets, there.heights, there.widths]
     columns = [getattr(params, name) for name in FIELDS]
-    arguments = (there.buffer, described, None, columns, "flip", 9, "torchvision", "multiply", None, None)
-    torch.library.opcheck(make_views_op, (*arguments, torch.float16, implementation))
+    rest = (described, None, "flip", "torchvision", "multiply", None, None, implementation)
+    torch.library.opcheck(make_views_op, (there.buffer, columns, 9, torch.float16, *rest))

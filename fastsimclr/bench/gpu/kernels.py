@@ -20,6 +20,7 @@ from fastsimclr.kernels.batch_norm import batch_norm
 from fastsimclr.kernels.gather import gather_views
 from fastsimclr.kernels.lars import lars_step
 from fastsimclr.kernels.nt_xent import nt_xent
+from fastsimclr.kernels.nt_xent.state import Inputs
 from fastsimclr.kernels.views import make_views
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -109,7 +110,7 @@ def nt_xent_case(
             }
         )
     with torch.no_grad():
-        held = fused.forward(x, 0.5, None, options.get("bank"), 1.0, 0, None, options.get("keys"))[3].z[:, :dim]
+        held = fused.forward(Inputs(x, 0.5, bank=options.get("bank"), keys=options.get("keys")))[3].z[:, :dim]
     start = -(-rows // 128) * 128
     z = (held[-rows:] if keys else held[:rows]).double().requires_grad_()
     heat = torch.tensor(t, dtype=torch.float64, device=device, requires_grad=True)
