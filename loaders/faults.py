@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,15 +91,21 @@ class Reader:
         """The data of image `index` and its size, from the header alone; None where it is known to be damaged."""
         if index in self.damage:
             return None
-        try:
+        with self._noting(index):
             data = self.source.read(index)
             if isinstance(data, np.ndarray):
                 return Opened(index=index, data=data, size=(data.shape[0], data.shape[1]))
             header = read_header(data, self.source.describe(index), self.max_pixels)
             return Opened(index=index, data=data, size=header.size, header=header)
+        return None
+
+    @contextmanager
+    def _noting(self, index: int) -> Iterator[None]:
+        """Add image `index` to `damage` where the block raises DataError or OSError, and continue after the block."""
+        try:
+            yield
         except (DataError, OSError) as error:
             self.damage.add(index, str(error))
-            return None
         except FetchError:
             raise
         except Exception as error:
@@ -124,7 +131,7 @@ class Reader:
         data, header: what `open` found; read here where None. The result is uint8 [H, W, 3], RGB, at the head of `out`.
         Without `out` it is for reading only, and for this thread until its next call.
         """
-        try:
+        with self._noting(index):
             data = self.source.borrow(index) if data is None else data
             if isinstance(data, np.ndarray):
                 if out is None:
@@ -140,13 +147,7 @@ class Reader:
                     f"{what} has {pixels.shape[:2]} pixels, {tuple(size)} by its header or table; pack it anew"
                 )
             return pixels
-        except (DataError, OSError) as error:
-            self.damage.add(index, str(error))
-            return None
-        except FetchError:
-            raise
-        except Exception as error:
-            raise unexpected(self.source.describe(index), error) from error
+        return None
 
     def read(self, index: int) -> Pixels | None:
         """Image `index` as uint8 [H, W, 3], RGB; None where it is damaged or its file cannot be read."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from importlib import import_module
 from types import TracebackType
-from typing import Self
+from typing import Self, TypedDict, Unpack
 
 import numpy as np
 
@@ -27,6 +27,18 @@ from fastsimclr.loaders.draw import Policy
 from fastsimclr.loaders.faults import Damage, Reader
 from fastsimclr.loaders.order import Order, choose_order, rank_positions
 from fastsimclr.loaders.source import DataError, Source
+
+
+class Options(TypedDict, total=False):
+    """The keywords of every loader; see Loader."""
+
+    rank: int
+    world: int
+    resident: Resident | None
+    damage: Damage | None
+    crops: Crops | None
+    cut: bool
+    pin: bool
 
 
 class Loader(ABC):
@@ -46,24 +58,26 @@ class Loader(ABC):
     """
 
     stand_in: bool  # whether the next readable image takes the place of a damaged one; else it is left out
-    rank: int
-    world: int
 
     def __init__(
         self,
         source: Source,
         config: DataConfig,
         *,
-        resident: Resident | None,
-        damage: Damage | None,
-        crops: Crops | None,
-        cut: bool,
-        pin: bool,
+        batch: int,
+        rank: int = 0,
+        world: int = 1,
+        resident: Resident | None = None,
+        damage: Damage | None = None,
+        crops: Crops | None = None,
+        cut: bool = True,
+        pin: bool = False,
     ) -> None:
         if resident is not None and resident.source.fingerprint != source.fingerprint:
             raise ValueError(f"resident holds {resident.source.name}, not {source.name}; hold the source that is read")
         self.source = source
         self.config = config
+        self.batch, self.rank, self.world = batch, rank, world
         self.resident = resident
         self.name = "resident" if resident is not None else backend_name(config)
         self._batches = choose_backend(self.name, source) if resident is None else resident.batches
@@ -230,21 +244,14 @@ class TrainLoader(Loader):
         seed: int,
         stop: int,
         start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        resident: Resident | None = None,
-        damage: Damage | None = None,
-        crops: Crops | None = None,
-        cut: bool = True,
-        pin: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         if batch > len(source):
             raise DataError(f"global_batch={batch} is larger than the {len(source)} images of {source.name}; lower it")
-        rank_positions(0, batch, rank, world)
         if not 0 <= start <= stop:
             raise ValueError(f"start={start} and stop={stop} must be 0 <= start <= stop")
-        super().__init__(source, config, resident=resident, damage=damage, crops=crops, cut=cut, pin=pin)
-        self.batch, self.rank, self.world = batch, rank, world
+        super().__init__(source, config, batch=batch, **options)
+        rank_positions(0, batch, self.rank, self.world)
         self.steps = range(start, stop)
         self.order, _ = choose_order(source, config.order)
         blocks = source.blocks if self.order == "quasi" else None
@@ -284,27 +291,13 @@ class EvalLoader(Loader):
 
     stand_in = False
 
-    def __init__(
-        self,
-        source: Source,
-        config: DataConfig,
-        *,
-        batch: int,
-        rank: int = 0,
-        world: int = 1,
-        resident: Resident | None = None,
-        damage: Damage | None = None,
-        crops: Crops | None = None,
-        cut: bool = True,
-        pin: bool = False,
-    ) -> None:
+    def __init__(self, source: Source, config: DataConfig, *, batch: int, **options: Unpack[Options]) -> None:
         if batch < 1:
             raise ValueError(f"batch={batch} must be 1 or more")
-        if not 0 <= rank < world:
-            raise ValueError(f"rank={rank} must be in 0..{world - 1} for world_size={world}")
-        super().__init__(source, config, resident=resident, damage=damage, crops=crops, cut=cut, pin=pin)
-        self.batch, self.rank, self.world = batch, rank, world
-        self.rank_ids = self._rank_ids(rank)
+        super().__init__(source, config, batch=batch, **options)
+        if not 0 <= self.rank < self.world:
+            raise ValueError(f"rank={self.rank} must be in 0..{self.world - 1} for world_size={self.world}")
+        self.rank_ids = self._rank_ids(self.rank)
 
     def _count(self, rank: int) -> int:
         return -(-len(self._rank_ids(rank)) // self.batch)

@@ -38,7 +38,7 @@ def beton_rows(source: Source) -> tuple[Path, Ints]:
     if isinstance(source, BetonSource):
         return source.path, np.arange(len(source))
     if isinstance(source, Relabelled):
-        return beton_rows(source.source)
+        return beton_rows(source.base)
     if isinstance(source, Subset):
         path, rows = beton_rows(source.base)
         return path, rows[source.indices]

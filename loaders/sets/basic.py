@@ -118,7 +118,53 @@ class SyntheticSource(Source):
         return f"synthetic[{index}]"
 
 
-class Subset(Source):
+class _Derived(Source):
+    """Images of another source, `base`; all of them, unless `_in_base` gives others their numbers there."""
+
+    base: Source
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def _in_base(self, ids: npt.ArrayLike) -> Ints:
+        return np.asarray(ids, dtype=np.int64)
+
+    @cached_property
+    def pixel_sizes(self) -> Sizes | None:
+        return self.base.pixel_sizes
+
+    @cached_property
+    def blocks(self) -> Ints | None:
+        return self.base.blocks
+
+    @cached_property
+    def verified(self) -> bool:
+        return self.base.verified
+
+    @cached_property
+    def whole_fits(self) -> bool:
+        return self.base.whole_fits
+
+    def read(self, index: int) -> bytes | Pixels:
+        return self.base.read(int(self._in_base(index)))
+
+    def describe(self, index: int) -> str:
+        return self.base.describe(int(self._in_base(index)))
+
+    def expect(self, ids: npt.ArrayLike) -> None:
+        self.base.expect(self._in_base(ids))
+
+    def borrow(self, index: int) -> bytes | memoryview | Pixels:
+        return self.base.borrow(int(self._in_base(index)))
+
+    def spans(self, ids: npt.ArrayLike) -> Spans | None:
+        return self.base.spans(self._in_base(ids))
+
+    def mapped(self, ids: npt.ArrayLike) -> tuple[Pixels, Ints] | None:
+        return self.base.mapped(self._in_base(ids))
+
+
+class Subset(_Derived):
     """The images of `source` at `indices` (int64 [n]), in that order."""
 
     def __init__(self, source: Source, indices: npt.ArrayLike, name: str | None = None) -> None:
@@ -131,6 +177,9 @@ class Subset(Source):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def _in_base(self, ids: npt.ArrayLike) -> Ints:
+        return self.indices[super()._in_base(ids)]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -145,82 +194,19 @@ class Subset(Source):
         """The bounds of the base's blocks among these images, where they are in its order."""
         return None if self.base.blocks is None else subset_blocks(self.base.blocks, self.indices)
 
-    @cached_property
-    def verified(self) -> bool:
-        return self.base.verified
 
-    @cached_property
-    def whole_fits(self) -> bool:
-        return self.base.whole_fits
-
-    def read(self, index: int) -> bytes | Pixels:
-        return self.base.read(int(self.indices[index]))
-
-    def describe(self, index: int) -> str:
-        return self.base.describe(int(self.indices[index]))
-
-    def expect(self, ids: npt.ArrayLike) -> None:
-        self.base.expect(self.indices[np.asarray(ids, dtype=np.int64)])
-
-    def borrow(self, index: int) -> bytes | memoryview | Pixels:
-        return self.base.borrow(int(self.indices[index]))
-
-    def spans(self, ids: npt.ArrayLike) -> Spans | None:
-        return self.base.spans(self.indices[np.asarray(ids, dtype=np.int64)])
-
-    def mapped(self, ids: npt.ArrayLike) -> tuple[Pixels, Ints] | None:
-        return self.base.mapped(self.indices[np.asarray(ids, dtype=np.int64)])
-
-
-class Relabelled(Source):
+class Relabelled(_Derived):
     """The images of `source` with other labels, int64 [n], -1 for none."""
 
     def __init__(self, source: Source, labels: npt.ArrayLike) -> None:
-        self.source = source
+        self.base = source
         self.name = source.name
         self.classes = source.classes
         self.labels = _frozen(labels)
 
-    def __len__(self) -> int:
-        return len(self.source)
-
     @cached_property
     def fingerprint(self) -> str:
-        return digest(self.source.fingerprint.encode(), self.labels.tobytes())
-
-    @cached_property
-    def pixel_sizes(self) -> Sizes | None:
-        return self.source.pixel_sizes
-
-    @cached_property
-    def blocks(self) -> Ints | None:
-        return self.source.blocks
-
-    @cached_property
-    def verified(self) -> bool:
-        return self.source.verified
-
-    @cached_property
-    def whole_fits(self) -> bool:
-        return self.source.whole_fits
-
-    def read(self, index: int) -> bytes | Pixels:
-        return self.source.read(index)
-
-    def describe(self, index: int) -> str:
-        return self.source.describe(index)
-
-    def expect(self, ids: npt.ArrayLike) -> None:
-        self.source.expect(ids)
-
-    def borrow(self, index: int) -> bytes | memoryview | Pixels:
-        return self.source.borrow(index)
-
-    def spans(self, ids: npt.ArrayLike) -> Spans | None:
-        return self.source.spans(ids)
-
-    def mapped(self, ids: npt.ArrayLike) -> tuple[Pixels, Ints] | None:
-        return self.source.mapped(ids)
+        return digest(self.base.fingerprint.encode(), self.labels.tobytes())
 
 
 def digits() -> ArraySource:
