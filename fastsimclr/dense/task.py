@@ -85,6 +85,7 @@ class Task(Objective):
     """
 
     views = 1
+    loss_implementation = "torch"
     network: nn.Module
     examples: Sequence[Any]
     last_loss: Tensor
@@ -118,9 +119,6 @@ class Task(Objective):
         loss = self.loss(images, labels)
         self.last_loss.copy_(loss.detach())
         return Outcome(loss=loss, metrics={})
-
-    def loss_name(self, device: torch.device) -> str:
-        return "torch"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,8 @@ class Objective(nn.Module, ABC):
     """
 
     views: int
+    loss_implementation: str
+    """The implementation of the loss. An objective whose loss differs between devices overrides `loss_name` instead."""
     group: dist.ProcessGroup | None = None
     joint = False
     """Whether the loss compares the images of a batch with one another: `forward` is then `compare` of `embed` and
@@ -56,6 +59,17 @@ class Objective(nn.Module, ABC):
     def forward(self, images: Tensor, labels: Tensor) -> Outcome:
         """images: float [V·N, 3, S, S], view-major. labels: int64 [N], -1 where there is none."""
 
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, but `frozen_modules` stay in evaluation mode."""
+        super().train(mode)
+        for module in self.frozen_modules():
+            module.eval()
+        return self
+
+    def frozen_modules(self) -> Sequence[nn.Module]:
+        """The parts that are never in training mode, so that their BN statistics do not move."""
+        return ()
+
     def in_micro_batches(self, labels: Tensor | None, micro_batches: int) -> None:
         """`forward` will see this rank's batch, with these labels, in `micro_batches` equal calls; None: no longer.
 
@@ -65,9 +79,9 @@ class Objective(nn.Module, ABC):
     def updated(self) -> None:
         """Called after each step of the optimizer, for what follows the weights without a gradient."""
 
-    @abstractmethod
     def loss_name(self, device: torch.device) -> str:
         """The implementation of its loss on `device`, for the result file."""
+        return self.loss_implementation
 
     def supervised_heads(self) -> Sequence[nn.Module]:
         """The classifiers: excluded from LARS's trust ratio; their decay is an L2 term in the loss (Google)."""

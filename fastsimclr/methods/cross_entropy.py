@@ -22,6 +22,7 @@ class CrossEntropy(Objective):
     """
 
     views = 1
+    loss_implementation = "cross_entropy.torch"
 
     def __init__(self, network: ClassifierNet, *, frozen_body: bool = False, frozen_bn: bool = False) -> None:
         super().__init__()
@@ -31,19 +32,12 @@ class CrossEntropy(Objective):
             network.requires_grad_(False)
             network.classifier.requires_grad_(True)
 
-    def train(self, mode: bool = True) -> CrossEntropy:
-        super().train(mode)
+    def frozen_modules(self) -> Sequence[nn.Module]:
         if self.frozen_body:
-            self.network.eval()
-        elif self.frozen_bn:
-            for module in self.network.modules():
-                if isinstance(module, BatchNorm):
-                    module.eval()
-        return self
-
-    def loss_name(self, device: torch.device) -> str:
-        """In torch operations on any device."""
-        return "cross_entropy.torch"
+            return (self.network,)
+        if not self.frozen_bn:
+            return ()
+        return [module for module in self.network.modules() if isinstance(module, BatchNorm)]
 
     def forward(self, images: Tensor, labels: Tensor) -> Outcome:
         if self.frozen_body:

@@ -26,6 +26,7 @@ class Distillation(Objective):
     """
 
     views = 1
+    loss_implementation = "distillation.torch"
 
     def __init__(
         self, student: ClassifierNet, teacher: nn.Module, *, temperature: float, label_weight: float = 0.0
@@ -42,14 +43,8 @@ class Distillation(Objective):
         self.label_weight = label_weight
         self._divisor: Tensor | None = None
 
-    def train(self, mode: bool = True) -> Distillation:
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
-    def loss_name(self, device: torch.device) -> str:
-        """In torch operations on any device."""
-        return "distillation.torch"
+    def frozen_modules(self) -> Sequence[nn.Module]:
+        return (self.teacher,)
 
     def forward(self, images: Tensor, labels: Tensor) -> Outcome:
         with torch.no_grad():

@@ -23,6 +23,7 @@ class LinearSweep(Objective):
     """
 
     views = 1
+    loss_implementation = "cross_entropy.torch"
 
     def __init__(self, network: ClassifierNet, settings: Sequence[HeadSetting]) -> None:
         super().__init__()
@@ -31,14 +32,8 @@ class LinearSweep(Objective):
         kernel = network.classifier
         self.candidates = nn.ModuleList(Classifier(kernel.in_features, kernel.out_features) for _ in settings)
 
-    def train(self, mode: bool = True) -> LinearSweep:
-        super().train(mode)
-        self.network.eval()
-        return self
-
-    def loss_name(self, device: torch.device) -> str:
-        """In torch operations on any device."""
-        return "cross_entropy.torch"
+    def frozen_modules(self) -> Sequence[nn.Module]:
+        return (self.network,)
 
     def forward(self, images: Tensor, labels: Tensor) -> Outcome:
         """loss: the sum over the classifiers. top1: their mean."""

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastsimclr.kernels.batch_norm import batch_norm
 from fastsimclr.kernels.gather import gather
 from fastsimclr.models.batch_groups import BatchGroups
-from fastsimclr.models.norm_functions import NormInGroups, NormOfOneGroupOnCuda
+from fastsimclr.models.norm_functions import NormInGroups, NormOfOneGroupOnCuda, Running
 
 _micro_batch: tuple[int, int] | None = (0, 1)  # which of how many is normalised; None: one that leaves no trace
 
@@ -120,13 +120,13 @@ class BatchNorm(_BatchNorm):
         factor = self._counted()
         if groups is None or groups.plain:
             # With a factor of 0 they stay; left out, the backward pass would keep other tensors than without.
-            running = self.running_mean, self.running_var
-            return F.batch_norm(input, *running, self.weight, self.bias, True, factor, self.eps)
+            statistics = self.running_mean, self.running_var
+            return F.batch_norm(input, *statistics, self.weight, self.bias, True, factor, self.eps)
         native = groups.aligned and input.is_cuda
         normalise = NormOfOneGroupOnCuda if native else NormInGroups
-        y: Tensor = normalise.apply(
-            input, self.weight, self.bias, self.running_mean, self.running_var, factor, self.eps, groups
-        )
+        assert self.running_mean is not None and self.running_var is not None
+        running = Running(self.running_mean, self.running_var, factor)
+        y: Tensor = normalise.apply(input, self.weight, self.bias, running, self.eps, groups)
         return y
 
     def with_relu(self, input: Tensor, residual: Tensor | None = None) -> Tensor:

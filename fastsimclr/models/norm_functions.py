@@ -10,7 +10,7 @@ A group that several ranks hold is put together from each part's mean, variance 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,20 +25,20 @@ PIECE_ELEMENTS = 2**18
 values one by one."""
 
 
+class Running(NamedTuple):
+    """The running mean and variance [C], changed in place, and how far they move towards those of the batch, 0 to 1."""
+
+    mean_C: Tensor
+    var_C: Tensor
+    factor: float
+
+
 class NormInGroups(torch.autograd.Function):
     """Any groups, on any device. It reads x twice forward and, with dy, twice backward, as torch's own does."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_C: Tensor,
-        bias_C: Tensor | None,
-        running_mean_C: Tensor,
-        running_var_C: Tensor,
-        factor: float,
-        eps: float,
-        groups: BatchGroups,
+        ctx: Any, x: Tensor, weight_C: Tensor, bias_C: Tensor | None, running: Running, eps: float, groups: BatchGroups
     ) -> Tensor:
         x = x.contiguous(memory_format=_layout(x))
         plan, count = _plan(x, weight_C, groups)
@@ -57,8 +57,8 @@ class NormInGroups(torch.autograd.Function):
                 _affine(x[rows], weight_C, bias_C, mean_C, var_C, eps, out=y[rows])
         statistics_S2C = torch.stack(found)
         mean_C, var_C = (plan.weight_S[:, None, None] * statistics_S2C).sum(0)
-        running_mean_C.mul_(1 - factor).add_(mean_C, alpha=factor)
-        running_var_C.mul_(1 - factor).add_(var_C, alpha=factor * count / (count - 1))
+        running.mean_C.mul_(1 - running.factor).add_(mean_C, alpha=running.factor)
+        running.var_C.mul_(1 - running.factor).add_(var_C, alpha=running.factor * count / (count - 1))
         ctx.save_for_backward(x, weight_C, statistics_S2C)
         ctx.plan, ctx.count, ctx.eps, ctx.groups = plan, count, eps, groups
         return y
@@ -100,7 +100,7 @@ class NormInGroups(torch.autograd.Function):
                     out.addcmul_(grad, scale)
                     if half:
                         dx[rows] = out
-        return dx, dweight_C, dbias_C if ctx.needs_input_grad[2] else None, None, None, None, None, None
+        return dx, dweight_C, dbias_C if ctx.needs_input_grad[2] else None, None, None, None
 
 
 class NormOfOneGroupOnCuda(torch.autograd.Function):
@@ -108,15 +108,7 @@ class NormOfOneGroupOnCuda(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_C: Tensor,
-        bias_C: Tensor | None,
-        running_mean_C: Tensor,
-        running_var_C: Tensor,
-        factor: float,
-        eps: float,
-        groups: BatchGroups,
+        ctx: Any, x: Tensor, weight_C: Tensor, bias_C: Tensor | None, running: Running, eps: float, groups: BatchGroups
     ) -> Tensor:
         assert groups.exchange is not None
         x = x.contiguous(memory_format=_layout(x))
@@ -124,7 +116,7 @@ class NormOfOneGroupOnCuda(torch.autograd.Function):
         received_W2C = gather(torch.stack(torch.batch_norm_stats(x, eps)), groups.exchange)
         counts_W = torch.full((groups.peers,), count / groups.peers, dtype=received_W2C.dtype, device=x.device)
         mean_C, inverse_C = torch.batch_norm_gather_stats_with_counts(
-            x, received_W2C[:, 0], received_W2C[:, 1], running_mean_C, running_var_C, factor, eps, counts_W
+            x, received_W2C[:, 0], received_W2C[:, 1], *running, eps, counts_W
         )
         ctx.save_for_backward(x, weight_C, mean_C, inverse_C, counts_W.int())
         ctx.exchange = groups.exchange
@@ -144,7 +136,7 @@ class NormOfOneGroupOnCuda(torch.autograd.Function):
             sums_2C = torch.stack(sums)  # of dy and of dy (x - mean)
             dist.all_reduce(sums_2C, group=ctx.exchange)
             dx = torch.batch_norm_backward_elemt(dy, x, mean_C, inverse_C, weight_C, sums_2C[0], sums_2C[1], counts_W)
-        return dx, dweight_C, dbias_C if ctx.needs_input_grad[2] else None, None, None, None, None, None
+        return dx, dweight_C, dbias_C if ctx.needs_input_grad[2] else None, None, None, None
 
 
 def _layout(x: Tensor) -> torch.memory_format:

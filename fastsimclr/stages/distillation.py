@@ -15,7 +15,6 @@ from fastsimclr.methods import Distillation
 from fastsimclr.methods.distillation import Ensemble, RecordedDistillation
 from fastsimclr.models import ClassifierNet, ModelConfig, build_classifier, count_parameters
 from fastsimclr.runs.log import logger
-from fastsimclr.stages.measured import report_entries
 from fastsimclr.stages.networks import network_facts
 from fastsimclr.stages.published import published_entry
 from fastsimclr.stages.setting import Setting
@@ -27,7 +26,7 @@ from fastsimclr.stages.teachers import (
     recorded_logits,
     refuse_begun,
 )
-from fastsimclr.stages.training import classifier_score, train, write_result
+from fastsimclr.stages.training import classifier_score, train, write_scores
 
 SELF_TEMPERATURE, TEMPERATURE = 0.1, 1.0  # google-research/simclr
 
@@ -66,16 +65,14 @@ def distill(setting: Setting, teachers: Path | Sequence[str], run: Path, resume:
         metadata=facts,
         resume=resume,
     )
-    found = classifier_score(setting, student)
     known = all(one.model is not None for one in taught)
-    return write_result(
+    return write_scores(
         setting,
         run,
         outcome,
-        metrics=found.metrics | {"teacher_top1": _top1(setting, whole)},
-        network=student,
-        labels=labels,
-        **report_entries(setting, found),
+        student,
+        {"labels": labels},
+        more_metrics={"teacher_top1": _top1(setting, whole)},
         temperature=temperature,
         teacher_parameters=count_parameters(whole),
         **({} if recording is None else {"recording_seconds": round(recording, 2)}),

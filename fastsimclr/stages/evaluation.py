@@ -13,7 +13,7 @@ import torch
 from fastsimclr.evaluation.features import Features, calibrate_bn, extract, raw_pixels
 from fastsimclr.evaluation.knn import knn
 from fastsimclr.evaluation.logistic import logistic_regression
-from fastsimclr.evaluation.scores import ClassifierReport, Score, score
+from fastsimclr.evaluation.scores import Score, score
 from fastsimclr.loaders import DataError, Source, hold_out
 from fastsimclr.methods import CrossEntropy, LinearSweep
 from fastsimclr.models import Classifier, ClassifierNet, ModelConfig, ProjectionHead, build_encoder
@@ -23,7 +23,7 @@ from fastsimclr.stages.measured import measure, report_entries
 from fastsimclr.stages.networks import digest, load_encoder
 from fastsimclr.stages.published import published_entry
 from fastsimclr.stages.setting import Setting
-from fastsimclr.stages.training import classifier_score, train, write_evaluation, write_result
+from fastsimclr.stages.training import train, write_evaluation, write_scores
 
 _CALIBRATION_IMAGES = 4096
 _MOST_HELD_OUT = 10_000
@@ -64,7 +64,8 @@ def evaluate_linear(setting: Setting, source: Path, run: Path, resume: bool) -> 
         "iterations": fitted.iterations,
         "labels": len(labelled),
         **sweep,
-        **_comparable(setting, "linear", made, found),
+        **report_entries(setting, found),
+        **_published(setting, "linear", made),
     }
     return write_evaluation(setting, run, "linear", found.metrics, facts, encoder, time.perf_counter() - start)
 
@@ -101,18 +102,8 @@ def _linear_sgd(setting: Setting, source: Path, run: Path, resume: bool) -> dict
     if held is not None:
         assert isinstance(objective, LinearSweep)
         sweep = _choose(setting, run, objective, held, [{"lr": lr, "weight_decay": decay} for lr, decay in swept])
-    found = classifier_score(setting, network)
-    return write_result(
-        setting,
-        run,
-        outcome,
-        metrics=found.metrics,
-        network=network,
-        method="sgd",
-        labels=len(labelled),
-        **sweep,
-        **_comparable(setting, "linear", made, found),
-    )
+    entries = {"method": "sgd", "labels": len(labelled), **sweep}
+    return write_scores(setting, run, outcome, network, entries, **_published(setting, "linear", made))
 
 
 def _choose(
@@ -155,15 +146,12 @@ def _table(held: Source, settings: Sequence[dict[str, float]], tried: Sequence[S
     return {"sweep": {"held_out": len(held), "tried": rows, "chosen": dict(settings[chosen])}}, chosen
 
 
-def _comparable(
-    setting: Setting, stage: str, network_metadata: dict[str, Any], report: ClassifierReport
-) -> dict[str, Any]:
-    """What was measured beside the metrics and, for the encoder of a pretraining, what is published of such a one."""
-    facts = report_entries(setting, report)
-    if not network_metadata["classes"]:  # else the encoder learned from labels
-        labels = setting.recipe.linear.labels if stage == "linear" else setting.recipe.knn.labels
-        facts |= published_entry(setting, stage, ModelConfig(**network_metadata["model"]), labels)
-    return facts
+def _published(setting: Setting, stage: str, network_metadata: dict[str, Any]) -> dict[str, Any]:
+    """The published accuracies of an encoder like this one; nothing where it learned from labels."""
+    if network_metadata["classes"]:
+        return {}
+    labels = setting.recipe.linear.labels if stage == "linear" else setting.recipe.knn.labels
+    return published_entry(setting, stage, ModelConfig(**network_metadata["model"]), labels)
 
 
 def evaluate_knn(setting: Setting, source: Path, run: Path, resume: bool) -> dict[str, Any]:
@@ -195,5 +183,5 @@ def evaluate_knn(setting: Setting, source: Path, run: Path, resume: bool) -> dic
     facts: dict[str, Any] = {"k": k, "temperature": temperature, "labels": len(labelled)}
     if len(table) > 1:
         facts["table"] = [{"k": k, "temperature": t, **entry.metrics} for (k, t), entry in table.items()]
-    facts |= _comparable(setting, "knn", made, found)
+    facts |= report_entries(setting, found) | _published(setting, "knn", made)
     return write_evaluation(setting, run, "knn", metrics, facts, encoder, time.perf_counter() - start)

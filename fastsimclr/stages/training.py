@@ -19,7 +19,7 @@ from fastsimclr.optim import OptimConfig, Schedule, build_optimizer
 from fastsimclr.recipe import dump_recipe
 from fastsimclr.runs import checkpoint
 from fastsimclr.runs.text import write_text
-from fastsimclr.stages.measured import as_json, measure, put_confusion
+from fastsimclr.stages.measured import as_json, measure, put_confusion, report_entries
 from fastsimclr.stages.setting import Setting, order_name
 from fastsimclr.training.hooks import Hook, steps_of
 from fastsimclr.training.trainer import Trainer, TrainingJob
@@ -190,6 +190,26 @@ def write_result(
         **entries,
     }
     return _write(setting, run, trained.stage, result, network)
+
+
+def write_scores(
+    setting: Setting,
+    run: Path,
+    trained: Trained,
+    network: nn.Module,
+    facts: dict[str, Any],
+    *,
+    more_metrics: dict[str, float] | None = None,
+    **entries: Any,
+) -> dict[str, Any]:
+    """Score the classifier `network` on the validation images, write run/result.json and return it.
+
+    facts, entries: what stands there before and behind the report on its errors.
+    """
+    scores = classifier_score(setting, network)
+    metrics = scores.metrics | (more_metrics or {})
+    entries = facts | report_entries(setting, scores) | entries
+    return write_result(setting, run, trained, metrics=metrics, network=network, **entries)
 
 
 def write_evaluation(

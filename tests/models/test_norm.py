@@ -354,7 +354,8 @@ def test_on_a_gpu(shape: tuple[int, ...], groups: int, bias: bool, dtype: torch.
                 y = bn(leaf)
             else:
                 path = norm_module.NormOfOneGroupOnCuda if groups == 1 else norm_module.NormInGroups
-                y = path.apply(leaf, bn.weight, bn.bias, bn.running_mean, bn.running_var, 0.1, bn.eps, mine)
+                running = norm_functions.Running(bn.running_mean, bn.running_var, 0.1)
+                y = path.apply(leaf, bn.weight, bn.bias, running, bn.eps, mine)
                 assert y.dtype == dtype and y.is_contiguous(memory_format=norm_functions._layout(leaf))
             y.backward(dy.to(device, y.dtype))
             assert leaf.grad is not None
