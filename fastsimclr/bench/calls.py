@@ -26,6 +26,15 @@ HOW: dict[Timed, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Form:
+    """One way to do a bench's work. family, timed: as of a Candidate. cuda_only: whether it is left out on a CPU."""
+
+    family: str
+    timed: Timed = "graph"
+    cuda_only: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One implementation of a piece of work.
 

@@ -101,50 +101,9 @@ class LoaderBench(TrainingBench):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurveBench(TrainingBench):
-    """The loss over some hundred steps in the automatic precision beside float32, and what other seeds make of it."""
+class EncoderBench(TrainingBench):
+    """What the benches that train one encoder on files are set by."""
 
-    batch: int = 64
-    """Images a step."""
-    steps: int = 200
-    """Steps of each curve."""
-    precision: Literal["auto", "bf16", "fp16"] = "auto"
-    """Precision under test."""
-    arch: TorchvisionArch = "resnet18"
-    """The encoder."""
-    width: float = 0.5
-    """Multiplies its channels."""
-    lr: float = 1.0
-    """Peak learning rate of LARS, after 20 steps of warm-up."""
-    others: int = 2
-    """Curves in float32 with other weights, order and views: the noise."""
-    root: str | None = None
-    """Folder of images (root/train/CLASS, root/CLASS or flat). Default: JPEG files made for the bench."""
-    images: int = 5000
-    """How many of its images to use, spread over all."""
-    side: int = 32
-    """Side in pixels of the JPEG files made where no root is given."""
-    threads: int = 0
-    """Decoding threads; 0: one for each core."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.images < self.batch:
-            raise ValueError(f"images={self.images} is fewer than batch={self.batch}; raise --images")
-        if self.others < 1:
-            raise ValueError(f"others={self.others} leaves no noise to compare with; give 1 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MicroBench(TrainingBench):
-    """A contrastive step whole, in micro-batches (gradient caching) and with blocks computed again: time, memory."""
-
-    batch: int = 256
-    """Images a step."""
-    steps: int = 20
-    """Steps of training before gradients are compared."""
-    micro: tuple[int, ...] = (128, 64, 32)
-    """Images of a micro-batch, divisors of the batch."""
     arch: TorchvisionArch = "resnet18"
     """The encoder."""
     width: float = 1.0
@@ -160,6 +119,46 @@ class MicroBench(TrainingBench):
         super().__post_init__()
         if self.images < self.batch:
             raise ValueError(f"images={self.images} is fewer than batch={self.batch}; raise --images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveBench(EncoderBench):
+    """The loss over some hundred steps in the automatic precision beside float32, and what other seeds make of it."""
+
+    batch: int = 64
+    """Images a step."""
+    steps: int = 200
+    """Steps of each curve."""
+    precision: Literal["auto", "bf16", "fp16"] = "auto"
+    """Precision under test."""
+    width: float = 0.5
+    """Multiplies its channels."""
+    lr: float = 1.0
+    """Peak learning rate of LARS, after 20 steps of warm-up."""
+    others: int = 2
+    """Curves in float32 with other weights, order and views: the noise."""
+    threads: int = 0
+    """Decoding threads; 0: one for each core."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.others < 1:
+            raise ValueError(f"others={self.others} leaves no noise to compare with; give 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBench(EncoderBench):
+    """A contrastive step whole, in micro-batches (gradient caching) and with blocks computed again: time, memory."""
+
+    batch: int = 256
+    """Images a step."""
+    steps: int = 20
+    """Steps of training before gradients are compared."""
+    micro: tuple[int, ...] = (128, 64, 32)
+    """Images of a micro-batch, divisors of the batch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.micro or any(micro < 1 or self.batch % micro for micro in self.micro):
             raise ValueError(f"micro={list(self.micro)} must be divisors of batch={self.batch}; give one or more")
 

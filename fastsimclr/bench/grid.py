@@ -26,6 +26,19 @@ from fastsimclr.training.trainer import Trainer, TrainingJob
 
 Point = tuple[TorchvisionArch, float, int, int]
 """Encoder, width, side of the views in pixels, images a step."""
+_NETWORKS: tuple[tuple[tuple[TorchvisionArch, float, int], tuple[int, ...], tuple[int, ...]], ...] = (
+    (("resnet18", 1.0, 32), (16, 64), (32, 128)),
+    (("resnet18", 0.5, 32), (64,), (128,)),
+    (("resnet18", 0.25, 32), (128,), ()),
+    (("resnet34", 0.5, 32), (16,), ()),
+    (("resnet34", 1.0, 32), (), (16,)),
+    (("resnet50", 1.0, 64), (16,), (32,)),
+    (("resnet50", 0.5, 64), (32,), ()),
+    (("resnet50", 0.25, 64), (), (64,)),
+    (("resnet18", 1.0, 64), (32,), (64,)),
+    (("resnet101", 0.5, 64), (), (16,)),
+)
+"""Encoder, width and side, the batches that a fit may see, and those that are held out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,27 +51,9 @@ class GridBench(BenchConfig):
     """Steps a round."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast precision."""
-    points: tuple[Point, ...] = (
-        ("resnet18", 1.0, 32, 16),
-        ("resnet18", 1.0, 32, 64),
-        ("resnet18", 0.5, 32, 64),
-        ("resnet18", 0.25, 32, 128),
-        ("resnet34", 0.5, 32, 16),
-        ("resnet50", 1.0, 64, 16),
-        ("resnet50", 0.5, 64, 32),
-        ("resnet18", 1.0, 64, 32),
-    )
+    points: tuple[Point, ...] = tuple((*net, batch) for net, batches, _ in _NETWORKS for batch in batches)
     """Configurations that a fit may see: [encoder, width, side in pixels, images a step]."""
-    held_out: tuple[Point, ...] = (
-        ("resnet18", 1.0, 32, 32),
-        ("resnet18", 1.0, 32, 128),
-        ("resnet18", 0.5, 32, 128),
-        ("resnet34", 1.0, 32, 16),
-        ("resnet50", 1.0, 64, 32),
-        ("resnet50", 0.25, 64, 64),
-        ("resnet18", 1.0, 64, 64),
-        ("resnet101", 0.5, 64, 16),
-    )
+    held_out: tuple[Point, ...] = tuple((*net, batch) for net, _, batches in _NETWORKS for batch in batches)
     """Configurations that are kept from it, to be predicted."""
 
     def __post_init__(self) -> None:

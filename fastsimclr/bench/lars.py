@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastsimclr.bench import baseline
-from fastsimclr.bench.calls import Candidate, OpCase, Timed, report_of_calls
+from fastsimclr.bench.calls import Candidate, Form, OpCase, report_of_calls
 from fastsimclr.bench.configs import LarsBench
 from fastsimclr.bench.memory import Call
 from fastsimclr.bench.ours import HEAD_DIM, HEAD_LAYERS, LR, MOMENTUM, WEIGHT_DECAY
@@ -134,13 +134,10 @@ def update(w: Tensor, g: Tensor, v: Tensor, excluded: bool, variant: Formula, lr
 
 
 @dataclass(frozen=True, kw_only=True)
-class LarsForm:
+class LarsForm(Form):
     """One way to make the step. lars: whether it is LARS; else it stands for scale and is not checked."""
 
-    family: str
     build: Callable[[Tensors, Formula, float], Step]
-    timed: Timed = "graph"
-    cuda_only: bool = False
     lars: bool = True
     formula: Formula | None = None
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsimclr.bench import baseline
-from fastsimclr.bench.calls import Candidate, OpCase, Timed, report_of_calls
+from fastsimclr.bench.calls import Candidate, Form, OpCase, report_of_calls
 from fastsimclr.bench.configs import Dtype, LossBench
 from fastsimclr.bench.memory import Call
 from fastsimclr.bench.record import Report
@@ -80,14 +80,11 @@ def lightly_autocast(x: Tensor, temperature: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossForm:
+class LossForm(Form):
     """One way to compute the loss. build: makes the function. bound: on its relative error at the small size."""
 
-    family: str
     build: Callable[[], Loss]
     bound: float
-    timed: Timed = "graph"
-    cuda_only: bool = False
     materialised: bool = True
 
 

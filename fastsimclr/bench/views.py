@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastsimclr.bench import baseline
-from fastsimclr.bench.calls import Candidate, OpCase, Timed, report_of_calls
+from fastsimclr.bench.calls import Candidate, Form, OpCase, report_of_calls
 from fastsimclr.bench.configs import ViewsBench
 from fastsimclr.bench.files import open_files
 from fastsimclr.bench.loss import DTYPES
@@ -147,13 +147,10 @@ def _each(images: list[Any], one: Callable[[Any], Any], views: int) -> Call:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViewsForm:
+class ViewsForm(Form):
     """One way to make the views: build(config, images, device) is the call. few: it works image by image."""
 
-    family: str
     build: Callable[[ViewsBench, int, str], Call]
-    timed: Timed = "graph"
-    cuda_only: bool = False
     few: bool = False
 
 

@@ -9,9 +9,9 @@ predicted: steps, and runs end to end, of which the model knows neither loader n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,13 +28,13 @@ Role = Literal["fitted", "factor", "step", "end to end"]
 Stack = Literal["MLPerf", "PyTorch"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Point:
     """One published speed of ResNet-50 (or `arch`) training. batch: views of a GPU in a step.
 
-    views_s: of a GPU. stack: whose code it resembles. role: what it serves, or if predicted, what was timed.
+    views_s: of a GPU. role: what it serves, or if predicted, what was timed.
+    assumed: what its source does not say, or what else a reader must know. stack: whose code it resembles.
     simclr: two views, projection head and NT-Xent, else supervised.
-    assumed: what its source does not say, or what else a reader must know.
     """
 
     name: str
@@ -42,149 +42,53 @@ class Point:
     gpus: int
     batch: int
     views_s: float
-    stack: Stack
     role: Role
+    assumed: str = ""
+    _: KW_ONLY
+    stack: Stack = "PyTorch"
     size: int = 224
     simclr: bool = False
     arch: Arch = "resnet50"
-    assumed: str = ""
 
 
-def _of_hours(hours: float, gpus: int, epochs: float = 100, images: int = IMAGENET) -> float:
-    return 2 * images * epochs / (hours * 3600) / gpus
+def _mlperf(name: str, gpu: str, gpus: int, batch: int, views_s: float, assumed: str = "") -> Point:
+    return Point(name, gpu, gpus, batch, views_s, "fitted", assumed, stack="MLPerf")
+
+
+def _simclr(
+    name: str, gpu: str, gpus: int, batch: int, hours: float, assumed: str, *,
+    epochs: float = 100, images: int = IMAGENET, **more: Any,
+) -> Point:  # fmt: skip
+    """A run of SimCLR end to end, from its hours for `epochs` of `images`. more: other fields of Point."""
+    views_s = 2 * images * epochs / (hours * 3600) / gpus
+    return Point(name, gpu, gpus, batch, views_s, "end to end", assumed, simclr=True, **more)
 
 
 POINTS = (
-    Point(name="MLPerf 4.0, H100", gpu="H100", gpus=8, batch=400, views_s=7_160, stack="MLPerf", role="fitted"),
-    Point(
-        name="MLPerf 4.0, H200",
-        gpu="H200",
-        gpus=8,
-        batch=400,
-        views_s=7_950,
-        stack="MLPerf",
-        role="fitted",
-        assumed="batch as on the H100",
-    ),
-    Point(
-        name="MLPerf 2.1, A100",
-        gpu="A100",
-        gpus=8,
-        batch=400,
-        views_s=3_398,
-        stack="MLPerf",
-        role="fitted",
-        assumed="batch as on the H100",
-    ),
-    Point(
-        name="MLPerf, H100, 64 GPUs",
-        gpu="H100",
-        gpus=64,
-        batch=50,
-        views_s=0.69 * 7_160,
-        stack="MLPerf",
-        role="fitted",
-        assumed="69 % of 8 GPUs at the same global batch",
-    ),
-    Point(
-        name="DeepLearningExamples, A100",
-        gpu="A100",
-        gpus=1,
-        batch=256,
-        views_s=2_470,
-        stack="PyTorch",
-        role="factor",
-    ),
-    Point(
-        name="DeepLearningExamples, 8 A100",
-        gpu="A100",
-        gpus=8,
-        batch=256,
-        views_s=2_078,
-        stack="PyTorch",
-        role="step",
-        assumed="it waits for the GPU every step",
-    ),
-    Point(
-        name="timm, A100",
-        gpu="A100",
-        gpus=1,
-        batch=256,
-        views_s=2_600,
-        stack="PyTorch",
-        role="step",
-        assumed="batch 256",
-    ),
-    Point(
-        name="FFCV, A100, 160 to 192 px",
-        gpu="A100",
-        gpus=8,
-        batch=128,
-        views_s=3_040,
-        stack="PyTorch",
-        role="end to end",
-        size=176,
-        assumed="176 px throughout, batch 128",
-    ),
-    Point(
-        name="Google, 32 TPU v3 cores",
-        gpu="TPU v3",
-        gpus=32,
-        batch=256,
-        views_s=_of_hours(6, 32),
-        stack="MLPerf",
-        role="end to end",
-        simclr=True,
+    _mlperf("MLPerf 4.0, H100", "H100", 8, 400, 7_160),
+    _mlperf("MLPerf 4.0, H200", "H200", 8, 400, 7_950, "batch as on the H100"),
+    _mlperf("MLPerf 2.1, A100", "A100", 8, 400, 3_398, "batch as on the H100"),
+    _mlperf("MLPerf, H100, 64 GPUs", "H100", 64, 50, 0.69 * 7_160, "69 % of 8 GPUs at the same global batch"),
+    Point("DeepLearningExamples, A100", "A100", 1, 256, 2_470, "factor"),
+    Point("DeepLearningExamples, 8 A100", "A100", 8, 256, 2_078, "step", "it waits for the GPU every step"),
+    Point("timm, A100", "A100", 1, 256, 2_600, "step", "batch 256"),
+    Point("FFCV, A100, 160 to 192 px", "A100", 8, 128, 3_040, "end to end", "176 px throughout, batch 128", size=176),
+    _simclr(
+        "Google, 32 TPU v3 cores", "TPU v3", 32, 256, 6, stack="MLPerf",
         assumed="cores, not chips (128 in 1.5 h are as many hours); batch 4,096",
     ),
-    Point(
-        name="FFCV-SSL, 8 A100",
-        gpu="A100",
-        gpus=8,
-        batch=512,
-        views_s=_of_hours(12, 8),
-        stack="PyTorch",
-        role="end to end",
-        simclr=True,
-        assumed="256 images a GPU",
+    _simclr("FFCV-SSL, 8 A100", "A100", 8, 512, 12, "256 images a GPU"),
+    _simclr(
+        "FFCV-SSL, 8 A100, 160 to 224 px", "A100", 8, 512, 8.2, "192 px throughout, 256 images a GPU", size=192
     ),
-    Point(
-        name="FFCV-SSL, 8 A100, 160 to 224 px",
-        gpu="A100",
-        gpus=8,
-        batch=512,
-        views_s=_of_hours(8.2, 8),
-        stack="PyTorch",
-        role="end to end",
-        size=192,
-        simclr=True,
-        assumed="192 px throughout, 256 images a GPU",
+    _simclr(
+        "lightly, 2 RTX 4090", "RTX4090", 2, 256, 35 / 60, "evaluations are in its time; batch 256 in all", epochs=1
     ),
-    Point(
-        name="lightly, 2 RTX 4090",
-        gpu="RTX4090",
-        gpus=2,
-        batch=256,
-        views_s=_of_hours(35 / 60, 2, epochs=1),
-        stack="PyTorch",
-        role="end to end",
-        simclr=True,
-        assumed="evaluations are in its time; batch 256 in all",
+    _simclr(
+        "lightly, CIFAR-10 ResNet-18, A6000", "A6000", 1, 1024, 87 / 60, "views made on the CPU",
+        epochs=200, images=50_000, size=32, arch="resnet18",
     ),
-    Point(
-        name="lightly, CIFAR-10 ResNet-18, A6000",
-        gpu="A6000",
-        gpus=1,
-        batch=1024,
-        views_s=_of_hours(87 / 60, 1, epochs=200, images=50_000),
-        stack="PyTorch",
-        role="end to end",
-        size=32,
-        simclr=True,
-        arch="resnet18",
-        assumed="views made on the CPU",
-    ),
-)
+)  # fmt: skip
 
 
 def step_of(point: Point) -> StepPlan:
