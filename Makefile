@@ -18,7 +18,7 @@ RUN = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q --dist loadgroup -n $(PROCE
 demo: $(STAMP)
 	$(BIN)/python -m fastsimclr demo
 
-test: lint
+test: $(STAMP)
 	$(call RUN,.venv) -m "not slow and not full"
 
 # The slow tests, and the hypothesis tests again with ten times as many examples.

@@ -36,6 +36,8 @@ REQUIRE = "FASTSIMCLR_REQUIRE_LOADERS"
 FILES = ("cifar10-jpeg.tar.xz", "google-simclr-oracle.npz", "imagenet-samples.tar", "tf-checkpoints.tar.xz")
 WAITING = ("test_nodes.py", "test_torchrun.py", "test_slurm.py", "test_resume.py")
 """They start processes and wait for them: first, so that they do not stand alone at the end."""
+ONE_PROCESS = ("test_distillation.py", "test_google.py", "test_protocols.py", "test_stages.py", "test_studies.py")
+"""Their fixtures take seconds: one process of pytest-xdist runs the file, or each would make them."""
 pytest_plugins = ["tests.processor_time", "tests.smoke", "tests.made_runs"]
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
@@ -72,11 +74,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark hypothesis tests, and the tests of one process of pytest-xdist: it starts the ranks once."""
+    """Mark hypothesis tests, and the tests that one process of pytest-xdist runs: it starts the ranks once."""
     if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
         item.add_marker("examples")
     if "ranks_pool" in getattr(item, "fixturenames", ()):
         item.add_marker(pytest.mark.xdist_group("ranks"))
+    elif "cifar_samples" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.xdist_group("cifar"))
+    elif item.path.name in ONE_PROCESS:
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -60,6 +60,8 @@ def prepend_recipes(words: list[str]) -> list[str]:
     words = [_known(word) if i and words[i - 1] == "--config" else word for i, word in enumerate(words)]
     if not words or words[0] not in COMMANDS or words[0] in TOOLS or "--help" in words or "-h" in words:
         return words
+    if words == ["study"]:  # without the name of one
+        return words
     first: list[str] = []
     run = _start(words)
     fresh = words[0] in (*FROM_NOTHING, "run", "study") or (words[0] == "distill" and run is None)

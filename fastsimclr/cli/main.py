@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -46,6 +48,7 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
+        message = re.sub(r"Group '(.+?)' does not accept option '(.+?)'", r"there is no option \1.\2", message)
         text = f"{_one_line(message)}; see {command} --help"
         said = launched().blame(ValueError(message), text)  # of several ranks one says it
         self.exit(2, f"error: {said}\n" if said else None)
@@ -61,9 +64,8 @@ class _StageParser(_Parser):
         return str(super().dump(recipe, *args, **kwargs))
 
 
-def _parser(words: Sequence[str]) -> ArgumentParser:
-    """The whole command line; of the commands only that in `words` with its options: they take a tenth of a second."""
-    chosen = next((word for word in words if word in COMMANDS), None)
+def _command_list() -> ArgumentParser:
+    """The parser of a command line that does not begin with a command: --help, --version, or an error."""
     parser = _Parser(
         prog="fastsimclr",
         description="From unlabelled images and a few labels to a compact classifier: SimCLR v1 and v2.",
@@ -71,17 +73,40 @@ def _parser(words: Sequence[str]) -> ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastsimclr {fastsimclr.__version__}")
     commands = parser.add_subcommands(metavar="COMMAND")
     for name, summary in COMMANDS.items():
-        staged = name == chosen and name not in (*TOOLS, "study")
-        command = _stage_parser(name, summary) if staged else _Parser(description=summary)
-        commands.add_subcommand(name, command, help=summary)
-        if name == chosen and name in TOOLS:
-            _tool(name)[0](command)
-        if name == chosen == "study":
-            from fastsimclr.cli.studies import add_studies
-
-            make = partial(_StageParser, print_config="--print_config")
-            add_studies(command, make, next(iter(words[1:]), None), _CONFIG_HELP)
+        commands.add_subcommand(name, _Parser(description=summary), help=summary)
     return parser
+
+
+@functools.lru_cache
+def _command_parser(command: str, study: str | None) -> ArgumentParser:
+    """The parser of one command, kept for the next call of `main`; study: which one's options `study` gets.
+
+    It stands alone: as a subcommand of another parser it would take twice the time for each of 200 options.
+    """
+    summary, name = COMMANDS[command], f"fastsimclr {command}"
+    if command not in (*TOOLS, "study"):
+        return _stage_parser(command, _StageParser(prog=name, description=summary, print_config="--print_config"))
+    parser = _Parser(prog=name, description=summary)
+    if command in TOOLS:
+        _tool(command)[0](parser)
+        return parser
+    from fastsimclr.cli.studies import add_studies
+
+    make = partial(_StageParser, print_config="--print_config")
+    add_studies(parser, make, study, _CONFIG_HELP)
+    return parser
+
+
+def _parse(words: Sequence[str]) -> tuple[str, Namespace]:
+    """(command, its options) of a command line; ends the process after --help and after an error."""
+    if not words or words[0] not in COMMANDS:
+        parser = _command_list()
+        if words:
+            parser.parse_args(words)
+        parser.error(f"give a command first, one of {', '.join(COMMANDS)}")
+    command = words[0]
+    parser = _command_parser(command, next(iter(words[1:]), None) if command == "study" else None)
+    return command, parser.instantiate(parser.parse_args(prepend_recipes(words)[1:]))
 
 
 def _tool(name: str) -> tuple[Callable[[ArgumentParser], None], Callable[[Namespace], int | None]]:
@@ -117,8 +142,8 @@ def _run_tool(name: str, options: Namespace) -> int:
     return _tool(name)[1](options) or 0
 
 
-def _stage_parser(name: str, summary: str) -> ArgumentParser:
-    parser = _StageParser(description=summary, print_config="--print_config")
+def _stage_parser(name: str, parser: ArgumentParser) -> ArgumentParser:
+    """`parser` with the options of a command that has a recipe."""
     parser.add_argument("--config", action="config", help=_CONFIG_HELP)
     if name in _FROM_RUN:
         parser.add_argument("--from", type=str, required=True, help="Pretraining run; its recipe holds.")
@@ -163,9 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         level = logging.WARNING if mine else logging.INFO
         logging.basicConfig(format=f"{mine}%(message)s", stream=sys.stderr, level=level)
         launch.enter()
-        parser = _parser(words)
-        parsed = parser.parse_args(prepend_recipes(words))
-        command, options = parsed.subcommand, parser.instantiate(parsed)[parsed.subcommand]
+        command, options = _parse(words)
         run = _run_tool if command in TOOLS else _run_study if command == "study" else _run_stages
         code = run(command, options)
         launch.wait()

@@ -189,7 +189,10 @@ class Setting:
         return batches
 
     def passes(self, source: Source, *, sharded: bool = True) -> Iterable[Batch]:
-        """One pass over this rank's part of the images in order, or over all of them; damaged ones left out."""
+        """One pass over this rank's part of the images in order, or over all of them; damaged ones left out.
+
+        A loader that makes nothing but finished crops makes those of `evaluation_policy`; others leave it to `extract`.
+        """
         return EvalLoader(
             source,
             self.data,
@@ -198,6 +201,8 @@ class Setting:
             world=self.ranks.world if sharded else 1,
             resident=self._resident(source),
             damage=self._damage(source),
+            crops=Crops(policy=self.evaluation_policy, seed=0, views=1),
+            cut=False,
             pin=self.runtime.pins,
         )
 

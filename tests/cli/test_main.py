@@ -139,7 +139,7 @@ def test_smoke_needs_no_value(capsys: pytest.CaptureFixture[str], word: str, smo
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ([], ["subcommand"]),
+        ([], ["give a command first", "pretrain", "demo"]),
         (["nonsense"], ["'nonsense'", "pretrain"]),
         (["pretrain", "--pretrain.bach", "3"], ["--pretrain.bach"]),
         (["pretrain", "--pretrain.batch", "many"], ["pretrain.batch", "int", "many"]),
@@ -162,8 +162,9 @@ def test_smoke_needs_no_value(capsys: pytest.CaptureFixture[str], word: str, smo
         (["pretrain", "--config", "nowhere.yaml"], ["--config nowhere.yaml", "digits.yaml"]),
         (["run", "--resume", "auto"], ["--resume"]),
         (["run", "--seeds", "0", "--config", "digits.yaml"], ["--seeds 0", "at least 1"]),
-        (["linear"], ["linear.from", "required"]),
-        (["distill"], ["distill.teacher", "required"]),
+        (["study"], ["labels", "study --help"]),
+        (["linear"], ["from", "required"]),
+        (["distill"], ["teacher", "required"]),
         (["linear", "--from", "nowhere"], ["nowhere/recipe.yaml", "--out"]),
         (["linear", "--fro", "nowhere"], ["--fro"]),
         (["distill", "--teacher", "nowhere", "--student", "resnet18"], ["nowhere/recipe.yaml"]),

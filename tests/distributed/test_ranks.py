@@ -110,7 +110,9 @@ def stopped(ranks: Ranks, run: Path, rank: int, moment: int, checkpoint_every_st
     return "ran to the end"
 
 
-@pytest.mark.parametrize(("world", "rank"), [(2, 0), (2, 1), pytest.param(4, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("world", "rank"), [(2, 1), *(pytest.param(*ends, marks=pytest.mark.slow) for ends in [(2, 0), (4, 3)])]
+)
 def test_sigterm_to_one_rank_stops_all_at_one_step(ranks_pool: Pool, tmp_path: Path, world: int, rank: int) -> None:
     said = ranks_pool(world, stopped, tmp_path, rank, 3, 100)
     (saved,) = checkpoint.saved(tmp_path)
@@ -119,6 +121,7 @@ def test_sigterm_to_one_rank_stops_all_at_one_step(ranks_pool: Pool, tmp_path: P
     assert all(f"stopped at step 5 of {TOTAL}" in text for text in said)
 
 
+@pytest.mark.slow
 def test_sigterm_after_the_last_step_is_heard_by_all(ranks_pool: Pool, tmp_path: Path) -> None:
     said = ranks_pool(2, stopped, tmp_path, 1, TOTAL, 100)
     assert all(f"stopped at step {TOTAL} of {TOTAL}" in text for text in said)

@@ -54,7 +54,7 @@ def drawn(policy: Policy, ids: Tensor, height: int, width: int, views: int = 2) 
 )
 def test_views_of_the_ids_are_those_of_the_images_selected(semantics: Any, backend: Any) -> None:
     """One size or ragged, an id twice: to the bit, as pixels and arithmetic are the same."""
-    policy = dataclasses.replace(CIFAR, semantics=semantics)
+    policy = dataclasses.replace(CIFAR, semantics=semantics, size=8)
     dataset, ids = same_size(9, 12, 14), torch.tensor([8, 0, 8, 3])
     params, look = drawn(policy, ids, 12, 14).to(DEVICE), policy.rendering
     images = as_ragged(dataset).to(DEVICE)

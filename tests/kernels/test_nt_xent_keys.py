@@ -197,6 +197,7 @@ def test_bad_keys_are_named(keys: Tensor, message: str) -> None:
 
 
 # opcheck looks at the gradients of copies.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_the_operators_are_well_formed_and_compile_in_one_graph() -> None:
     x, keys, bank = (pairs(5, 4, seed=seed) for seed in range(3))

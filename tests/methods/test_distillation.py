@@ -540,6 +540,7 @@ def record(ranks: Ranks, run: Path, folder: Path) -> Tensor:
     return first
 
 
+@pytest.mark.slow
 def test_ranks_record_together(chain: Path, fixed: Path, tmp_path: Path, ranks_pool: Any) -> None:
     found = ranks_pool(2, record, chain / "finetune", tmp_path)
     assert (tmp_path / RECORD).is_file()

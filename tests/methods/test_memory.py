@@ -172,7 +172,8 @@ def memory_job(run: Path, memory: int = 24, optim: OptimConfig | None = None, **
     return job(run, objective=objective, optimizer=optimizer, optim=optim, **changes)
 
 
-@pytest.mark.parametrize(("precision", "micro"), [pytest.param("fp16", None, marks=pytest.mark.slow), ("fp32", 4)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "micro"), [("fp16", None), ("fp32", 4)])
 def test_stopped_and_resumed_is_left_alone(tmp_path: Path, precision: Precision, micro: int | None) -> None:
     runtime = replace(CPU, precision=precision)
     fit(memory_job(tmp_path / "alone"), runtime, micro_batch=micro)

@@ -48,9 +48,9 @@ def test_state_has_torchvisions_names_and_shapes(arch: str) -> None:
 @pytest.mark.parametrize(
     ("arch", "training"),
     [
-        ("resnet18", False),
-        ("resnet50", True),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("resnet18", True), ("resnet50", False)]),
+        ("resnet18", True),
+        *(pytest.param("resnet50", training, marks=pytest.mark.slow) for training in (False, True)),
+        pytest.param("resnet18", False, marks=pytest.mark.slow),
     ],
 )
 def test_torchvisions_weights_give_torchvisions_outputs(arch: str, training: bool) -> None:

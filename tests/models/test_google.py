@@ -33,7 +33,7 @@ def real(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "tf-checkpoints"
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name == "r50" else []) for name in REAL])
 def test_every_endpoint_that_google_recorded(real: Path, name: str) -> None:
     found = read_google(real / name)
     assert found.config == REAL[name]
@@ -144,10 +144,15 @@ def test_a_missing_name_is_named(tiny: Graph, tmp_path: Path, name: str) -> None
     [
         ("base_model/conv2d_3/kernel", (3, 3, 8, 9), (3, 3, 8, 8)),
         ("base_model/batch_normalization_19/gamma", (32,), (64,)),
-        ("head_contrastive/nl_1/dense/kernel", (64, 63), (64, 64)),
-        ("head_supervised/linear_layer/dense/kernel", (65, 10), (64, 10)),
-        ("head_supervised/linear_layer/dense/kernel", (64, 11), (64, 10)),
         ("head_supervised/linear_layer/dense/kernel", (10,), (64, 10)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("head_contrastive/nl_1/dense/kernel", (64, 63), (64, 64)),
+                ("head_supervised/linear_layer/dense/kernel", (65, 10), (64, 10)),
+                ("head_supervised/linear_layer/dense/kernel", (64, 11), (64, 10)),
+            ]
+        ),
     ],
 )
 def test_a_wrong_shape_is_named_with_both(

@@ -367,6 +367,7 @@ def test_images_of_a_recipe(name: str, options: dict[str, int], images: tuple[in
     assert (found.unlabelled, found.labelled, found.few, found.held) == images
 
 
+@pytest.mark.slow
 def test_the_command_on_one_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", "digits"]) == 0
     out = capsys.readouterr().out

@@ -135,10 +135,10 @@ def test_resume_of_a_finished_run_measures_again(runs: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("option", "value", "key"),
     [
-        ("--seed", 1, "seed"),
         ("--data.labels_per_class", 3, "fingerprint"),
-        ("--supervised.batch", 5, "batch"),
         ("--model.arch", "resnet34", "model"),
+        pytest.param("--seed", 1, "seed", marks=pytest.mark.slow),
+        pytest.param("--supervised.batch", 5, "batch", marks=pytest.mark.slow),
         ("--supervised.optim.name", "lars --supervised.optim.nesterov false", "optimizer"),
     ],
 )
@@ -223,6 +223,16 @@ def words(folder: Path, run: Path, *more: object) -> list[object]:
     """Options of a smoke run on an image folder."""
     plain = ["--data.source", "folder", "--data.root", folder, "--data.labels_per_class", "2", "--out", run]
     return [*SMOKE, *plain, *more]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loader", ["torchvision", pytest.param("dali", marks=pytest.mark.needs("nvidia.dali"))])
+def test_a_loader_of_crops_also_evaluates(folder: Path, tmp_path: Path, loader: str) -> None:
+    probing = ("--data.loader", loader, "--pretrain.probe_every_epochs", "1")
+    done("pretrain", *words(folder, tmp_path / "run", *probing))
+    found = result(tmp_path / "run")
+    assert found["implementations"]["loader"].startswith(loader)
+    assert any("knn_top1" in record for record in read_records(tmp_path / "run" / "metrics.jsonl"))
 
 
 @pytest.mark.parametrize("loader", ["native", "resident"])
