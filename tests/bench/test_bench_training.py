@@ -85,8 +85,8 @@ def test_step_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert any("convolution" in name for name in names)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [pytest.param("linear", marks=pytest.mark.slow), "finetune"])
+@pytest.mark.full
+@pytest.mark.parametrize("stage", ["linear", "finetune"])
 def test_step_of_stages_with_one_view(stage: TrainingStage) -> None:
     result = bench_step(StepBench(device="cpu", smoke=True, stage=stage))
     check_report(result, "step", views=1)
@@ -106,7 +106,7 @@ def bench_flops(stage: TrainingStage) -> int:
     return flops_per_image(ours.networks_of(objective), 16, objective.views)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_step_of_a_distillation_beside_its_parts() -> None:
     result = bench_step(StepBench(device="cpu", smoke=True, stage="distill"))
     check_report(result, "step", views=1)
@@ -164,7 +164,7 @@ def test_e2e_beside_the_baseline_that_is_there() -> None:
         assert derived["median"] == pytest.approx((seconds[1] + seconds[2]) / seconds[0])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_e2e_of_a_labelled_stage(without_lightly: None) -> None:
     config = E2eBench(device="cpu", smoke=True, stage="finetune", loaders=("native",))
     result = bench_e2e(config)
@@ -301,7 +301,7 @@ def test_pictures_are_refused_before_the_rounds(monkeypatch: pytest.MonkeyPatch)
         StepBench(plot="picture.png")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.needs("matplotlib")
 def test_picture(tmp_path: Path, without_lightly: None) -> None:
     path = tmp_path / "pictures" / "step.png"
