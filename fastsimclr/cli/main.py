@@ -97,7 +97,7 @@ def _command_parser(command: str, study: str | None) -> ArgumentParser:
     return parser
 
 
-def _parse(words: Sequence[str]) -> tuple[str, Namespace]:
+def _parse(words: list[str]) -> tuple[str, Namespace]:
     """(command, its options) of a command line; ends the process after --help and after an error."""
     if not words or words[0] not in COMMANDS:
         parser = _command_list()
