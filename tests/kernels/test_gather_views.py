@@ -47,9 +47,8 @@ def drawn(policy: Policy, ids: Tensor, height: int, width: int, views: int = 2) 
     ("semantics", "backend"),
     [
         ("torchvision", "reference"),
-        ("tensorflow", "fused"),
-        pytest.param("tensorflow", "reference", marks=pytest.mark.slow),
-        pytest.param("torchvision", "fused", marks=pytest.mark.slow),
+        ("torchvision", "fused"),
+        *(pytest.param("tensorflow", backend, marks=pytest.mark.slow) for backend in BACKENDS),
     ],
 )
 def test_views_of_the_ids_are_those_of_the_images_selected(semantics: Any, backend: Any) -> None:
@@ -65,6 +64,7 @@ def test_views_of_the_ids_are_those_of_the_images_selected(semantics: Any, backe
         assert views.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
 @settings(max_examples=settings().max_examples // 6)  # each takes up to a second in the interpreter
 @given(st.data())
 def test_any_sizes(data: st.DataObject) -> None:

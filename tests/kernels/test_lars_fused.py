@@ -147,7 +147,8 @@ def test_any_shapes(shapes: list[tuple[int, ...]], variant: Variant, dtype: torc
     compare_steps(shapes, variant, "fused", dtype, steps=2, seed=len(shapes))
 
 
-@pytest.mark.parametrize("variant", ["google", pytest.param("lightly", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["google", "lightly"])
 def test_chunks_of_many_blocks(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of tensors above a million elements: chunks are bounded, and each has several blocks."""
     for module in (fused, table):
@@ -332,7 +333,8 @@ def test_bad_input_is_named() -> None:
         check_scalar("found_inf", torch.ones((), device="meta"), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("fused", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_operator_that_compiles(backend: Backend) -> None:
     def step(params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], half: Tensor, lr: Tensor) -> Tensor:
         lars_step(

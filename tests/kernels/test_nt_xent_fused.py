@@ -174,7 +174,7 @@ def test_online_maximum_and_the_temperatures_gradient(temperature: float, tiles:
     assert_close(kernel(x, temperature, weights=weights, bank=bank), expected)
 
 
-@pytest.mark.parametrize("bank_rows", [1, 32, 33])
+@pytest.mark.parametrize("bank_rows", [33, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (1, 32))])
 @pytest.mark.parametrize("tiles", ["small"], indirect=True)
 def test_weights_of_images_and_a_bank_at_work(bank_rows: int, tiles: None) -> None:
     # In as few dimensions every vector counts.

@@ -115,7 +115,12 @@ def assert_close(got: tuple[Any, Tensor], wanted: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize(
     "images, dim, bank, noise, temperature",
-    [(2, 5, 0, 0.7, 0.1), (15, 2, 3, 0.7, 0.5), (31, 100, 33, 0.1, 0.05), (20, 130, 32, 0.4, 0.5)],
+    [
+        (2, 5, 0, 0.7, 0.1),
+        (31, 100, 33, 0.1, 0.05),
+        pytest.param(15, 2, 3, 0.7, 0.5, marks=pytest.mark.slow),
+        pytest.param(20, 130, 32, 0.4, 0.5, marks=pytest.mark.slow),
+    ],
 )
 def test_loss_accuracy_and_gradient(
     images: int, dim: int, bank: int, noise: float, temperature: float, small_tiles: None

@@ -40,7 +40,7 @@ from tests.loaders.mutate import (
 from tests.loading import hold
 
 TORCHVISION = pytest.param("torchvision", marks=pytest.mark.slow)  # each of its workers is a process that starts
-DALI = pytest.param("dali", marks=pytest.mark.needs("nvidia.dali"))
+DALI = pytest.param("dali", marks=[pytest.mark.needs("nvidia.dali"), pytest.mark.slow])
 FFCV = pytest.param("ffcv", marks=[pytest.mark.needs("ffcv"), pytest.mark.slow])  # it compiles for seconds
 CROPS = Crops(policy=Policy(size=16, normalise="none"), seed=0, views=2)
 

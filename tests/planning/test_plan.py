@@ -424,7 +424,7 @@ def test_our_own_measurements_are_predicted(capsys: pytest.CaptureFixture[str]) 
             *(["--config", "v1-paper", "--few", "100"], ["finetune.batch=4096", "100 images"]), marks=pytest.mark.slow
         ),
         (["--config", "v1-paper", "--measured", "nowhere.json"], ["nowhere.json", "bench grid"]),
-        (["--config", "v1-paper", "--measured", str(REPORT)], ["is no H100"]),
+        (["--config", "digits", "--measured", str(REPORT)], ["is no H100"]),
         (["check", "--measured", str(REPORT.with_name("loss-cpu.json"))], ["bench loss", "bench grid"]),
         (["nonsense"], ["nonsense"]),
     ],

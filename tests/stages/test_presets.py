@@ -45,7 +45,7 @@ def test_every_recipe_is_read_and_says_how_to_start_it(path: Path) -> None:
     )
 
 
-FAST = ("v1-paper", "cifar10_r18_1000")
+FAST = ("cifar10_r18_1000",)
 """Trained in the fast tests: global BN and another architecture; tests/methods/test_memory.py has v2-paper."""
 
 

@@ -188,6 +188,7 @@ def test_a_compiled_encoder_and_its_momentum_copy_train_alike(tmp_path: Path, mo
         torch.testing.assert_close(final(tmp_path / "compiled")["objective"][key], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_views_grow_as_the_schedule_says(tmp_path: Path) -> None:
     sizes: list[int] = []
 

@@ -326,7 +326,8 @@ def test_a_step_never_waits_for_the_gpu(tmp_path: Path, kind: str, precision: st
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_trains_and_resumes_exactly(tmp_path: Path, precision: str) -> None:
     runtime = Runtime(device=torch.device("cpu"), precision=precision)  # type: ignore[arg-type]
     fit(job(tmp_path / "alone"), runtime)
