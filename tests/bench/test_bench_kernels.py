@@ -68,7 +68,7 @@ def check_report(result: dict[str, Any], bench: str, families: list[str]) -> Non
         assert ratio["median"] == pytest.approx(other["ms"]["median"] / mine["ms"]["median"])
 
 
-@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_loss_on_the_command_line(
     whole: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:

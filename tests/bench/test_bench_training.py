@@ -52,7 +52,7 @@ def check_report(result: dict[str, Any], bench: str, views: int = 2) -> None:
     assert result["ratios"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_step_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], without_lightly: None) -> None:
     path, profile = tmp_path / "reports" / "step.json", tmp_path / "trace.json"
     files = ["--json", str(path), "--profile", str(profile)]

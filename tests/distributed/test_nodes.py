@@ -221,7 +221,7 @@ def same(run: Path, expected: Path) -> None:
     assert distance(run, expected) < 1e-8  # float64
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_machines_are_one_process(
     machines: Machines, alone: Callable[[int], Path], tmp_path: Path, cleanup: list[Process]
 ) -> None:
