@@ -142,10 +142,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table, or JSON lines; the exit code is 1 where a kernel spills or lacks its tensor cores."""
     parser = argparse.ArgumentParser(prog="fastsimclr.kernels.ahead", description=__doc__)
     parser.add_argument("--json", action="store_true", help="A JSON object a line.")
+    parser.add_argument("--sm", type=int, choices=ARCHITECTURES, help="One architecture; all where none is given.")
     parser.add_argument("packages", nargs="*", default=FUSED, help="Which of the packages; all where none is named.")
     options = parser.parse_args(arguments)
     chosen = variants(options.packages)
-    rows = [compile_for(variant, architecture) for variant in chosen for architecture in variant.architectures]
+    pairs = [(variant, sm) for variant in chosen for sm in variant.architectures if options.sm in (None, sm)]
+    rows = [compile_for(variant, sm) for variant, sm in pairs]
     print("\n".join(json.dumps(asdict(row)) for row in rows) if options.json else table(rows))
     must = {variant.name for variant in chosen if variant.tensor_cores}
     bad = [row for row in rows if row.spills or row.stack or (row.name in must and not row.tensor_cores)]
