@@ -201,7 +201,7 @@ def test_scaling_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "not how a cluster scales" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_scaling_says_why_its_ranks_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     config = ScalingBench(device="cpu", smoke=True)
     monkeypatch.setattr("fastsimclr.bench.scaling.asdict", lambda config: {"batch": 0})

@@ -197,7 +197,7 @@ def test_onnx_normalises_and_takes_any_number_of_images(tmp_path: Path, randomis
     [
         (EIGHTH, 32, 1),  # CIFAR stem
         (replace(EIGHTH, maxpool="tf_same", project_first=True), 64, 0),
-        (replace(EIGHTH, arch="resnet50"), 64, 0),
+        pytest.param(replace(EIGHTH, arch="resnet50"), 64, 0, marks=pytest.mark.full),
         (SELECTIVE, 65, 1),  # odd maps, whose shortcuts are padded
     ],
     ids=["r18-cifar", "r18-google", "r50", "r50-sk"],

@@ -121,8 +121,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_killed_at_four_ranks_and_resumed_at_fewer(alone: Path, killed: Path, tmp_path: Path, ranks: int) -> None:
     run = tmp_path / "run"
     shutil.copytree(killed, run)

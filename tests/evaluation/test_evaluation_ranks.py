@@ -181,7 +181,7 @@ def by_one(pretrained: Path, recipe: Recipe, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_stages_by_many_ranks_are_those_of_one(
     ranks_pool: Pool, pretrained: Path, recipe: Recipe, by_one: dict[str, Any], tmp_path: Path, world: int
 ) -> None:

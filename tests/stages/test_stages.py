@@ -226,7 +226,10 @@ def words(folder: Path, run: Path, *more: object) -> list[object]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loader", ["torchvision", pytest.param("dali", marks=pytest.mark.needs("nvidia.dali"))])
+@pytest.mark.parametrize(
+    "loader",
+    [pytest.param("torchvision", marks=pytest.mark.full), pytest.param("dali", marks=pytest.mark.needs("nvidia.dali"))],
+)
 def test_a_loader_of_crops_also_evaluates(folder: Path, tmp_path: Path, loader: str) -> None:
     probing = ("--data.loader", loader, "--pretrain.probe_every_epochs", "1")
     done("pretrain", *words(folder, tmp_path / "run", *probing))

@@ -108,7 +108,9 @@ def test_killed_three_times_and_resumed(alone: Path, tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.full), (signal.SIGINT, 130)]
+)
 def test_stopped_and_resumed(alone: Path, tmp_path: Path, signum: int, code: int) -> None:
     run = tmp_path / "stopped"
     process = start(run, "--trainer.checkpoint_every_steps", "1000")
