@@ -39,7 +39,7 @@ MEAN_BOUND = 3e-7
 LEVEL = 1 / 255
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [12, pytest.param(400, marks=pytest.mark.full)])
 def test_every_op_on_photographs(imagenet_samples: Path, count: int) -> None:
     """At 64 pixels: torchvision needs a minute for its part at 224, where `fastsimclr bench views` measures."""
     photos = read_images(imagenet_samples, count)
@@ -57,7 +57,7 @@ def test_every_op_on_photographs(imagenet_samples: Path, count: int) -> None:
             assert row["uint8_mean"] <= 1e-7 if moves else row["uint8_mean"] > 1e-4, row  # the oracle did round
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20, pytest.param(400, marks=pytest.mark.full)])
 def test_crop_and_resize_at_224_on_photographs(imagenet_samples: Path, count: int) -> None:
     """Against torch's interpolation in float64 too: the greater part of the distance is torchvision's own rounding."""
     policy, photos = plain(224), read_images(imagenet_samples, count)

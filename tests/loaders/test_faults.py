@@ -45,7 +45,7 @@ FFCV = pytest.param("ffcv", marks=[pytest.mark.needs("ffcv"), pytest.mark.slow])
 CROPS = Crops(policy=Policy(size=16, normalise="none"), seed=0, views=2)
 
 
-@pytest.fixture(scope="module", params=[80, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[80, pytest.param(200, marks=pytest.mark.full)])
 def mutated(
     request: pytest.FixtureRequest, imagenet_samples: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> FileSource:
