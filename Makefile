@@ -65,5 +65,5 @@ $(STAMP): $(SOURCES) | python
 
 $(LOWEST): $(SOURCES) tests/lowest.txt | python
 	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/python $(INSTALL) -c tests/lowest.txt -e '.[test-lowest]'
+	.venv-lowest/bin/python $(INSTALL) -c tests/lowest.txt -e '.[test]'
 	@touch $@

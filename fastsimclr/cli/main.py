@@ -48,7 +48,8 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
-        message = re.sub(r"Group '(.+?)' does not accept option '(.+?)'", r"there is no option \1.\2", message)
+        message = re.sub(r"^Group '(.+?)' does not accept option '(.+)'$", r"there is no option \1.\2", message)
+        message = re.sub(r"^Subcommand '.+?' does not accept option '(.+)'$", r"there is no option \1", message)
         text = f"{_one_line(message)}; see {command} --help"
         said = launched().blame(ValueError(message), text)  # of several ranks one says it
         self.exit(2, f"error: {said}\n" if said else None)
@@ -106,6 +107,7 @@ def _parse(words: list[str]) -> tuple[str, Namespace]:
         parser.error(f"give a command first, one of {', '.join(COMMANDS)}")
     command = words[0]
     parser = _command_parser(command, next(iter(words[1:]), None) if command == "study" else None)
+    vars(parser).pop("print_config", None)  # jsonargparse leaves it there where an error follows --print_config
     return command, parser.instantiate(parser.parse_args(prepend_recipes(words)[1:]))
 
 

@@ -212,3 +212,9 @@ def test_a_traceback_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str])
     code, _, err = call(capsys, "pretrain", "--device", "tpu", "--traceback")
     assert code == 1
     assert err.startswith("Traceback") and "choose_runtime" in err and err.splitlines()[-1].startswith("error: device=")
+
+
+def test_a_refused_command_leaves_nothing_to_the_next(capsys: pytest.CaptureFixture[str]) -> None:
+    """The parser of a command is kept."""
+    refused(capsys, "pretrain", "--print_config", "--pretrain.bach", "3")
+    assert "nowhere" in refused(capsys, "pretrain", "--data.source", "folder", "--data.root", "nowhere")
