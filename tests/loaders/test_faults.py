@@ -233,7 +233,11 @@ def assert_no_threads() -> None:
 @pytest.mark.parametrize("loader", ["native", "resident", TORCHVISION, DALI])
 @pytest.mark.parametrize(
     ("error", "said"),
-    [(MemoryError(), r"\(MemoryError\); free memory"), (KeyError("bug"), r"\(KeyError: 'bug'\); --traceback")],
+    [
+        (MemoryError(), r"\(MemoryError\); free memory"),
+        (KeyError("bug"), r"\(KeyError: 'bug'\); --traceback"),
+        (StopIteration(), r"\(StopIteration\); --traceback"),
+    ],
 )
 def test_a_thread_that_fails_otherwise_names_the_image(
     files: FileSource, loader: LoaderName, error: Exception, said: str
