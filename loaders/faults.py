@@ -74,27 +74,6 @@ class Damage:
             raise self.too_many()
 
 
-class _Noting:
-    """Adds image `index` to the damage where the block raises DataError or OSError, and continues after the block.
-
-    No generator with `contextmanager`: it would let a StopIteration out as it is, which ends an epoch without an error.
-    """
-
-    def __init__(self, reader: Reader, index: int) -> None:
-        self._reader, self._index = reader, index
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, DataError | OSError):
-            self._reader.damage.add(self._index, str(error))
-            return True
-        if isinstance(error, Exception) and not isinstance(error, FetchError):
-            raise unexpected(self._reader.source.describe(self._index), error) from error
-        return False
-
-
 class Reader:
     """Reads and decodes the images of a source from any thread, and adds those it cannot to `damage`.
 
@@ -111,13 +90,24 @@ class Reader:
         """The data of image `index` and its size, from the header alone; None where it is known to be damaged."""
         if index in self.damage:
             return None
-        with _Noting(self, index):
+        try:
             data = self.source.read(index)
             if isinstance(data, np.ndarray):
                 return Opened(index=index, data=data, size=(data.shape[0], data.shape[1]))
             header = read_header(data, self.source.describe(index), self.max_pixels)
             return Opened(index=index, data=data, size=header.size, header=header)
-        return None
+        except Exception as error:
+            self._note(index, error)
+            return None
+
+    def _note(self, index: int, error: Exception) -> None:
+        """Add image `index` to `damage` for a DataError or OSError; raise others, all but a fetch's by name."""
+        if isinstance(error, DataError | OSError):
+            self.damage.add(index, str(error))
+        elif isinstance(error, FetchError):
+            raise error
+        else:
+            raise unexpected(self.source.describe(index), error) from error
 
     def open_next(self, index: int) -> Opened:
         """`open` of image `index`, or of the next one that can be opened; 0 follows the last."""
@@ -139,7 +129,7 @@ class Reader:
         data, header: what `open` found; read here where None. The result is uint8 [H, W, 3], RGB, at the head of `out`.
         Without `out` it is for reading only, and for this thread until its next call.
         """
-        with _Noting(self, index):
+        try:
             data = self.source.borrow(index) if data is None else data
             if isinstance(data, np.ndarray):
                 if out is None:
@@ -155,7 +145,9 @@ class Reader:
                     f"{what} has {pixels.shape[:2]} pixels, {tuple(size)} by its header or table; pack it anew"
                 )
             return pixels
-        return None
+        except Exception as error:
+            self._note(index, error)
+            return None
 
     def read(self, index: int) -> Pixels | None:
         """Image `index` as uint8 [H, W, 3], RGB; None where it is damaged or its file cannot be read."""

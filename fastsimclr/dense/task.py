@@ -85,7 +85,6 @@ class Task(Objective):
     """
 
     views = 1
-    loss_implementation = "torch"
     network: nn.Module
     examples: Sequence[Any]
     last_loss: Tensor

@@ -32,7 +32,7 @@ class Objective(nn.Module, ABC):
     """
 
     views: int
-    loss_implementation: str
+    loss_implementation: str = "torch"
     """The implementation of the loss. An objective whose loss differs between devices overrides `loss_name` instead."""
     group: dist.ProcessGroup | None = None
     joint = False

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastsimclr.evaluation.features import Features, calibrate_bn, extract, raw_pixels
+from fastsimclr.evaluation.features import Features, calibrate_bn, raw_pixels
 from fastsimclr.evaluation.knn import knn
 from fastsimclr.evaluation.logistic import logistic_regression
 from fastsimclr.evaluation.scores import Score, score
@@ -40,22 +40,19 @@ def evaluate_linear(setting: Setting, source: Path, run: Path, resume: bool) -> 
     trained, made = ranks.on_first(lambda: load_encoder(source))
     encoder = setting.runtime.to_device(trained).eval()
 
-    def features(of: Source) -> Any:
-        return extract(encoder, setting.passes(of), setting.evaluation_policy, setting.runtime)
-
     sweep: dict[str, Any] = {}
     if config.sweep_l2:
         rest, held = _held_out(setting, labelled)
-        bank, choice = features(rest), features(held)
+        bank, choice = setting.features(encoder, rest), setting.features(encoder, held)
         tried = [
             logistic_regression(bank, classes, l2=each, ranks=ranks).score(choice, ranks) for each in config.sweep_l2
         ]
         sweep, chosen = _table(held, [{"l2": each} for each in config.sweep_l2], tried)
         l2, bank = config.sweep_l2[chosen], bank.and_also(choice)
     else:
-        bank = features(labelled)
+        bank = setting.features(encoder, labelled)
     fitted = logistic_regression(bank, classes, l2=l2, ranks=ranks)
-    test = features(setting.splits.val)
+    test = setting.features(encoder, setting.splits.val)
     logits = fitted.logits(test)
     found = measure(setting, score(logits, test.labels, ranks), test, logits)
     facts = {
@@ -111,7 +108,7 @@ def _choose(
 ) -> dict[str, Any]:
     """Give the network, also that of the last checkpoint, the classifier that is best on `held`; {"sweep": ...}."""
     network = objective.network.eval()
-    features = extract(network.features, setting.passes(held), setting.evaluation_policy, setting.runtime)
+    features = setting.features(network.features, held)
     values = features.values.to(next(objective.candidates.parameters()).dtype)
     with torch.no_grad():
         tried = [score(candidate(values), features.labels, setting.ranks) for candidate in objective.candidates]
@@ -162,8 +159,8 @@ def evaluate_knn(setting: Setting, source: Path, run: Path, resume: bool) -> dic
     labelled, val = setting.labelled(config.labels), setting.splits.val
 
     def tried(network: Any) -> tuple[dict[tuple[int, float], Score], Features]:
-        bank = extract(network, setting.passes(labelled), policy, runtime)
-        test = extract(network, setting.passes(val), policy, runtime)
+        bank = setting.features(network, labelled)
+        test = setting.features(network, val)
         classes = len(labelled.classes)
         return knn(bank, test, classes, ks=config.ks, temperatures=config.temperatures, ranks=ranks), test
 

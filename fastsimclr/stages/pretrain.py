@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from fastsimclr.evaluation.features import extract
 from fastsimclr.evaluation.knn import knn
 from fastsimclr.evaluation.logistic import logistic_regression
 from fastsimclr.methods import Contrastive, MomentumContrast
@@ -91,9 +90,8 @@ def probe(setting: Setting, encoder: Callable[[torch.Tensor], torch.Tensor]) -> 
     """knn_top1 and linear_top1 of `encoder`'s features, on at most 20,000 labelled images."""
     recipe, runtime = setting.recipe, setting.runtime
     labelled = setting.spread_subset(setting.labelled(recipe.linear.labels), _PROBE_IMAGES)
-    policy = setting.evaluation_policy
-    bank = extract(encoder, setting.passes(labelled), policy, runtime)
-    test = extract(encoder, setting.passes(setting.splits.val), policy, runtime)
+    bank = setting.features(encoder, labelled)
+    test = setting.features(encoder, setting.splits.val)
     classes = len(labelled.classes)
     k, temperature = recipe.knn.ks[:1], recipe.knn.temperatures[:1]
     (near,) = knn(bank, test, classes, ks=k, temperatures=temperature, ranks=runtime.ranks).values()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastsimclr.evaluation.features import Features, extract
 from fastsimclr.loaders import (
     Batch,
     Crops,
@@ -205,6 +206,10 @@ class Setting:
             cut=False,
             pin=self.runtime.pins,
         )
+
+    def features(self, network: Callable[[Tensor], Tensor], source: Source) -> Features:
+        """The outputs of `network`, without gradient, for this rank's part of `source` under `evaluation_policy`."""
+        return extract(network, self.passes(source), self.evaluation_policy, self.runtime)
 
     def loader_name(self, source: Source) -> str:
         """Which loader serves `source`; where it was chosen, the reason too."""

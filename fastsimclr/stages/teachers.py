@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsimclr.evaluation.features import extract
 from fastsimclr.loaders import DataError, Relabelled, Source
 from fastsimclr.loaders.draw import Rendering
 from fastsimclr.loaders.whole import whole_file
@@ -132,7 +131,7 @@ def recorded_logits(
         return kept, 0.0
     begun = time.perf_counter()
     setting.runtime.to_device(teacher)
-    found = extract(teacher.eval(), setting.passes(source), policy, setting.runtime)
+    found = setting.features(teacher.eval(), source)
     rows, values = setting.ranks.gather_rows(found.labels), setting.ranks.gather_rows(found.values)
     logits_AK = torch.full((len(source), values.shape[1]), torch.nan)
     logits_AK[rows.cpu()] = values.cpu()

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from fastsimclr.evaluation.features import extract
 from fastsimclr.evaluation.scores import ClassifierReport, score
 from fastsimclr.kernels.backend import chosen
 from fastsimclr.loaders import DataError, Policy, Source
@@ -146,7 +145,7 @@ def bn_name(groups: int, world: int, fused: bool) -> str:
 
 def classifier_score(setting: Setting, network: nn.Module) -> ClassifierReport:
     """How often `network` is right on the validation images of all ranks, and where not."""
-    logits = extract(network.eval(), setting.passes(setting.splits.val), setting.evaluation_policy, setting.runtime)
+    logits = setting.features(network.eval(), setting.splits.val)
     return measure(setting, score(logits.values, logits.labels, setting.ranks), logits, logits.values)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from fastsimclr import stages
 from fastsimclr.cli.main import main
 from fastsimclr.evaluation.config import LinearConfig
-from fastsimclr.evaluation.features import Features, extract
+from fastsimclr.evaluation.features import Features
 from fastsimclr.loaders import DataError, Relabelled, Source
 from fastsimclr.methods import CrossEntropy, LinearSweep, Objective
 from fastsimclr.models import Classifier, ClassifierNet, ModelConfig, ProjectionHead, build_encoder
@@ -143,7 +143,7 @@ def test_logistic_regression_chooses_as_scikit_learn_and_fits_all_again(pretrain
     encoder = load_encoder(pretrained)[0].eval()
 
     def features(source: Source) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        made: Features = extract(encoder, setting.passes(source), setting.evaluation_policy, setting.runtime)
+        made: Features = setting.features(encoder, source)
         x = made.values.double().numpy()
         return x / np.sqrt((x**2).mean(axis=1, keepdims=True)), made.labels.numpy()
 
@@ -185,7 +185,7 @@ def test_sgd_keeps_the_classifier_that_is_best_on_held_out_labels(swept: Path) -
     assert score.per_class([str(digit) for digit in range(10)]) == found["per_class"]
     assert sum(entry["correct"] for entry in found["per_class"]) == round(found["metrics"]["top1"] * 64)
     _, held = evaluation._held_out(setting, setting.labelled("all"))
-    again = extract(network.eval(), setting.passes(held), setting.evaluation_policy, setting.runtime)
+    again = setting.features(network.eval(), held)
     assert (again.values.argmax(dim=1) == again.labels).float().mean().item() == pytest.approx(best["held_out_top1"])
 
 

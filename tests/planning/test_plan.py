@@ -410,18 +410,20 @@ def test_our_own_measurements_are_predicted(capsys: pytest.CaptureFixture[str]) 
         (["--gpus", "4"], ["--config"]),
         (["--config", "v1-paper", "--gpus", "0"], ["gpus=0", "greater than 0"]),
         pytest.param(
-            *(["--config", "v1-paper", "--gpus", "7"], ["pretrain", "batch=4096", "7 GPUs", "4095"]),
+            ["--config", "v1-paper", "--gpus", "7"],
+            ["pretrain", "batch=4096", "7 GPUs", "4095"],
             marks=pytest.mark.slow,
         ),
         (["--config", "v1-paper", "--mfu", "1.5"], ["mfu=1.5", "share"]),
         (["--config", "v1-paper", "--gpu", "B300"], ["gpu", "H100", "B300"]),
         pytest.param(
-            *(["--config", "v1-paper", "--trainer.micro_batch", "100"], ["micro_batch=100", "512", "divisor"]),
+            ["--config", "v1-paper", "--trainer.micro_batch", "100"],
+            ["micro_batch=100", "512", "divisor"],
             marks=pytest.mark.slow,
         ),
         (["--config", "v1-paper", "--trainer.precision", "fp32"], ["trainer.precision=fp32", "--peak_tflops"]),
         pytest.param(
-            *(["--config", "v1-paper", "--few", "100"], ["finetune.batch=4096", "100 images"]), marks=pytest.mark.slow
+            ["--config", "v1-paper", "--few", "100"], ["finetune.batch=4096", "100 images"], marks=pytest.mark.slow
         ),
         (["--config", "v1-paper", "--measured", "nowhere.json"], ["nowhere.json", "bench grid"]),
         (["--config", "digits", "--measured", str(REPORT)], ["is no H100"]),
