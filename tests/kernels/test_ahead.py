@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 from fastsimclr.kernels import ahead
 
 ROOT = Path(__file__).resolve().parents[2]
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+# Under Triton 3.8 ptxas holds this kernel to 96 registers, for one more block per processor, at the price of two words.
+KNOWN_SPILLS = {("3.8", 100, "views cut, 32 px, torchvision, fp16, SimCLR"): {"stack": 8, "spills": 4}}
 
 
 @pytest.mark.slow
@@ -27,12 +30,16 @@ def test_nothing_spills_and_everything_fits(package: str, sm: int) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "fastsimclr.kernels.ahead", "--json", "--sm", str(sm), package]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
     compiled: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
+    minor = ".".join(triton.__version__.split(".")[:2])
+    known = {name: spill for (version, at, name), spill in KNOWN_SPILLS.items() if (version, at) == (minor, sm)}
+    known = {row["name"]: known[row["name"]] for row in compiled if row["name"] in known}
+    assert done.returncode == (1 if known else 0), done.stderr
     assert {row["architecture"] for row in compiled} == {sm}
     shared = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have: CUDA C guide, table of limits
     for row in compiled:
-        assert row["spills"] == row["stack"] == 0, row
+        spill = {"stack": row["stack"], "spills": row["spills"]}
+        assert spill == known.get(row["name"], {"stack": 0, "spills": 0}), row
         assert row["shared"] <= shared[row["architecture"]], row
         assert row["registers"] * 32 * row["warps"] <= 65536, row
     products = [row for row in compiled if row["tensor_cores"]]
